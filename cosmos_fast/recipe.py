@@ -1,0 +1,101 @@
+"""How well (`Recipe`) and where (`Plan`): policies as data, written into every output's record.
+
+A Recipe may change pixels within a stated bound; a Plan may not, except for reduction order. Both are frozen,
+print themselves in one line, and turn into plain dicts. Imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_ALLOWED: dict[str, tuple[str, ...]] = {"dtype": ("bf16", "fp32"), "linear": ("bf16",), "attention": ("bf16",)}
+_PRESETS: dict[str, dict[str, str]] = {"exact": {"dtype": "bf16"}, "fp32": {"dtype": "fp32"}}
+
+
+def _one_line(record: Any) -> str:
+    values = ", ".join(f"{f.name}={getattr(record, f.name)!r}" for f in fields(record))
+    return f"{type(record).__name__}({values})"
+
+
+@dataclass(frozen=True, repr=False)
+class Recipe:
+    """Precision policy of one engine.
+
+    dtype: arithmetic of weights and activations, "bf16" (as the models were published) or "fp32".
+    linear, attention: format of those two kinds of op; "bf16" means "in `dtype`, not quantised" and is
+    the only value now. Raises ValueError for any other value.
+    """
+
+    name: str = "exact"
+    dtype: str = "bf16"
+    linear: str = "bf16"
+    attention: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"recipe: name must be a non-empty string, got {self.name!r}.")
+        for key, allowed in _ALLOWED.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                hint = " 8-bit formats are reserved and not available yet." if "8" in str(value) else ""
+                raise ValueError(f"recipe: {key} must be one of {', '.join(allowed)}, got {value!r}.{hint}")
+
+    __repr__ = __str__ = _one_line
+
+    @classmethod
+    def exact(cls) -> Recipe:
+        """bf16 everywhere, as the models were published. The default."""
+        return cls.preset("exact")
+
+    @classmethod
+    def fp32(cls) -> Recipe:
+        """fp32 everywhere: twice the memory, for checks on a CPU."""
+        return cls.preset("fp32")
+
+    @classmethod
+    def preset(cls, name: str) -> Recipe:
+        """Recipe of that name; ValueError lists the presets when there is none."""
+        if name not in _PRESETS:
+            raise ValueError(f"recipe: preset must be one of {', '.join(_PRESETS)}, got {name!r}.")
+        return cls(name=name, **_PRESETS[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Where the work runs.
+
+    device: "cuda", "cuda:N", "cpu", or None to take a GPU when there is one.
+    context, cfg: ranks that share the tokens, and ranks that share the two guidance passes; 1 for now.
+    vae_encode_window: video frames encoded at once after the first, a multiple of 4.
+    vae_decode_window: latent frames decoded at once. Both windows change memory, never the result.
+    """
+
+    device: str | None = None
+    context: int = 1
+    cfg: int = 1
+    vae_encode_window: int = 16
+    vae_decode_window: int = 1
+
+    def __post_init__(self) -> None:
+        device = self.device
+        if device is not None and not (isinstance(device, str) and re.fullmatch(r"cpu|cuda(:\d+)?", device)):
+            raise ValueError(f"plan: device must be cpu, cuda, cuda:N or None, got {device!r}.")
+        for key in ("context", "cfg"):
+            value = getattr(self, key)
+            if type(value) is not int or value != 1:
+                raise ValueError(f"plan: {key} must be 1, got {value!r}. Several GPUs per clip are not supported yet.")
+        for key, unit in (("vae_encode_window", 4), ("vae_decode_window", 1)):
+            value = getattr(self, key)
+            if type(value) is not int or value < unit or value % unit:
+                what = "a positive multiple of 4 frames" if unit == 4 else "a positive number of latent frames"
+                raise ValueError(f"plan: {key} must be {what}, got {value!r}.")
+
+    __repr__ = __str__ = _one_line
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
