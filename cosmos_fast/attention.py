@@ -1,0 +1,54 @@
+"""Adapters from attention libraries to one signature: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K).
+
+Scale 1/sqrt(K), no mask, same dtype out. Each function imports its library when first called; `ops`
+decides which of them may run where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's scaled_dot_product_attention, with the backend torch prefers."""
+    return F.scaled_dot_product_attention(*map(_heads_first, (q, k, v)))[0].transpose(0, 1)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's scaled_dot_product_attention through cuDNN."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def load_fa3() -> Attend:
+    """FlashAttention-3 forward, from either of its two distributions."""
+    try:
+        from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+    except ImportError:
+        from fa3_fwd_interface import flash_attn_func  # type: ignore[import-not-found]
+
+    def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q[None], k[None], v[None])
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    return fa3
+
+
+def load_fa2() -> Attend:
+    """FlashAttention-2."""
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    def fa2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_func(q[None], k[None], v[None])[0]
+
+    return fa2

@@ -1,0 +1,234 @@
+"""Every op: what it is called, what it accepts, which implementations it has.
+
+For each op: validator, one row of the table (schema, validator, fake, candidates) and a public function,
+the only thing the rest of the package calls. Candidates are tried from the first; `reference` is always
+last. A different tolerance is a different op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import attention as backends
+from .dispatch import Candidate, define
+from .formats import Rows
+
+EPS = 1e-6
+
+
+# --- validators ------------------------------------------------------------------------------------
+
+
+def _check(condition: bool, op: str, rule: str, got: object) -> None:
+    torch._check(condition, lambda: f"{op}: {rule}, got {got}.")
+
+
+def _check_rows(op: str, x: Tensor, rows: Sequence[Tensor], tokens_per_frame: int, token_offset: int) -> None:
+    _check(x.dim() == 2, op, "x must be (L, D)", tuple(x.shape))
+    _check(x.is_contiguous(), op, "x must be contiguous", x.stride())
+    _check(tokens_per_frame > 0 <= token_offset, op, "rows must be positive", (tokens_per_frame, token_offset))
+    needed = (token_offset + max(x.shape[0], 1) - 1) // tokens_per_frame + 1
+    for table in rows:
+        _check(
+            table.dim() == 2 and table.shape[1] == x.shape[1] and table.shape[0] >= needed and table.stride(1) == 1,
+            op, f"shift, scale and gate must be (T >= {needed}, {x.shape[1]}) with unit stride", tuple(table.shape),
+        )  # fmt: skip
+
+
+def _check_residual(op: str, x: Tensor, branch: Tensor, hints: Sequence[Tensor], weights: Tensor | None) -> None:
+    for other in (branch, *hints):
+        _check(other.shape == x.shape and other.dtype == x.dtype and other.is_contiguous(), op,
+               f"branch and hints must be contiguous {tuple(x.shape)} {x.dtype}", (tuple(other.shape), other.dtype))  # fmt: skip
+    shape = tuple(weights.shape) if weights is not None else (0, 1)
+    _check(shape[0] == len(hints) and shape[1] in (1, x.shape[0]), op,
+           f"hint_weights must be ({len(hints)}, 1 or {x.shape[0]})", shape)  # fmt: skip
+    _check(weights is None or weights.dtype == torch.float32, op, "hint_weights must be float32", weights)
+
+
+def _check_adaln(x, shift, scale, tokens_per_frame, token_offset, eps, out) -> None:  # type: ignore[no-untyped-def]
+    _check_rows("adaln", x, (shift, scale), tokens_per_frame, token_offset)
+
+
+def _check_residual_only(x, branch, gate, hints, weights, tokens_per_frame, token_offset) -> None:  # type: ignore[no-untyped-def]
+    _check_rows("residual", x, (gate,), tokens_per_frame, token_offset)
+    _check_residual("residual", x, branch, hints, weights)
+
+
+def _check_residual_adaln(x, branch, gate, hints, weights, shift, scale, tokens_per_frame, token_offset, eps, out) -> None:  # type: ignore[no-untyped-def]
+    _check_rows("residual_adaln", x, (gate, shift, scale), tokens_per_frame, token_offset)
+    _check_residual("residual_adaln", x, branch, hints, weights)
+
+
+def _check_head_norm(x: Tensor, gain: Tensor, eps: float) -> None:
+    _check(x.dim() == 2 and gain.dim() == 1 and x.shape[1] % gain.shape[0] == 0 and x.stride(1) == 1, "head_norm",
+           f"x must be (L, N*K) with K = {gain.numel()}", tuple(x.shape))  # fmt: skip
+
+
+def _check_qk(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    K = q_gain.shape[0]
+    _check(qkv.dim() == 2 and qkv.is_contiguous() and qkv.shape[1] % (3 * K) == 0 and K % 2 == 0, "qk_norm_rope",
+           f"qkv must be contiguous (L, 3*N*K) with even K = {K}", tuple(qkv.shape))  # fmt: skip
+    for table in (cos, sin):
+        _check(table.shape == (qkv.shape[0], K // 2) and table.dtype == torch.float32, "qk_norm_rope",
+               f"cos and sin must be ({qkv.shape[0]}, {K // 2}) float32", (tuple(table.shape), table.dtype))  # fmt: skip
+
+
+def _check_gelu(x: Tensor) -> None:
+    _check(x.is_contiguous(), "gelu", "x must be contiguous", x.stride())
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:] and q.dtype == k.dtype == v.dtype
+    _check(fits, "attention", "q must be (L, N, K), k and v (S, N, K), of one dtype", [tuple(t.shape) for t in (q, k, v)])
+    _check(k.shape[0] > 0, "attention", "there must be at least one key", k.shape[0])
+
+
+def _check_patchify(z: Tensor, mask: Tensor) -> None:
+    fits = z.dim() == 4 and z.shape[2] % 2 == 0 and z.shape[3] % 2 == 0 and mask.shape == z.shape[1:2]
+    _check(fits, "patchify", "z must be (C, T, even H, even W) and mask (T,)", (tuple(z.shape), tuple(mask.shape)))
+
+
+def _check_unpatchify(y: Tensor, T: int, H: int, W: int) -> None:
+    fits = y.dim() == 2 and y.shape[0] == T * (H // 2) * (W // 2) and y.shape[1] % 4 == 0 and H % 2 == W % 2 == 0
+    _check(fits, "unpatchify", f"y must be ({T}*{H}/2*{W}/2, 4*C)", tuple(y.shape))
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+HALF = (torch.bfloat16, torch.float16)
+HOPPER, AMPERE_UP = ((9, 0), (9, 0)), ((8, 0), (99, 0))
+
+_adaln = define(
+    "adaln(Tensor x, Tensor shift, Tensor scale, int tokens_per_frame, int token_offset, float eps, ScalarType out) -> Tensor",
+    _check_adaln,
+    lambda x, shift, scale, tpf, offset, eps, out: torch.empty_like(x, dtype=out),
+)
+_residual = define(
+    "residual(Tensor x, Tensor branch, Tensor gate, Tensor[] hints, Tensor? hint_weights, int tokens_per_frame, int token_offset) -> Tensor",
+    _check_residual_only,
+    lambda x, *rest: torch.empty_like(x),
+)
+_residual_adaln = define(
+    "residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor[] hints, Tensor? hint_weights, Tensor shift, Tensor scale, "
+    "int tokens_per_frame, int token_offset, float eps, ScalarType out) -> (Tensor, Tensor)",
+    _check_residual_adaln,
+    lambda x, *rest: (torch.empty_like(x), torch.empty_like(x, dtype=rest[-1])),
+)
+_head_norm = define(
+    "head_norm(Tensor x, Tensor gain, float eps) -> Tensor",
+    _check_head_norm,
+    lambda x, gain, eps: x.new_empty(x.shape[0], x.shape[1] // gain.shape[0], gain.shape[0]),
+)
+_qk_norm_rope = define(
+    "qk_norm_rope(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    _check_qk,
+    lambda qkv, q_gain, *rest: tuple(qkv.new_empty(qkv.shape[0], qkv.shape[1] // (3 * q_gain.shape[0]), q_gain.shape[0]) for _ in "qk"),
+)
+_gelu = define("gelu(Tensor x) -> Tensor", _check_gelu, torch.empty_like)
+_attention = define(
+    "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
+    _check_attention,
+    lambda q, k, v: q.new_empty(q.shape),
+    Candidate("fa3", backends.load_fa3, "cuda", HOPPER, HALF, ("flash_attn_interface", "fa3_fwd_interface")),
+    Candidate("fa2", backends.load_fa2, "cuda", AMPERE_UP, HALF, ("flash_attn",)),
+    Candidate("cudnn", lambda: backends.cudnn, "cuda", AMPERE_UP, HALF),
+    Candidate("sdpa", lambda: backends.sdpa),
+)
+_patchify = define(
+    "patchify(Tensor z, Tensor mask) -> Tensor",
+    _check_patchify,
+    lambda z, mask: z.new_empty(z.shape[1] * (z.shape[2] // 2) * (z.shape[3] // 2), 4 * (z.shape[0] + 2)),
+)
+_unpatchify = define(
+    "unpatchify(Tensor y, int T, int H, int W) -> Tensor",
+    _check_unpatchify,
+    lambda y, T, H, W: y.new_empty(y.shape[1] // 4, T, H, W),
+)
+
+
+# --- public functions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a block owes its residual stream: gate * branch, plus control hints times their weights.
+
+    Shapes: branch, each hint (L, D); gate (T, D); hint_weights (J, 1 or L) fp32 for J hints.
+    """
+
+    branch: Tensor
+    gate: Tensor
+    hints: tuple[Tensor, ...] = ()
+    hint_weights: Tensor | None = None
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, *, out: torch.dtype | None = None) -> Tensor:
+    """y = ln(x) * (1 + scale[frame]) + shift[frame]; ln has no affine and eps 1e-6.
+
+    Shapes: x (L, D); shift, scale (T, D); returns (L, D) in `out` (default x's dtype). Statistics and
+    modulation in fp32; frame = (rows.token_offset + token) // rows.tokens_per_frame.
+    """
+    return _adaln(x, shift, scale, rows.tokens_per_frame, rows.token_offset, EPS, out or x.dtype)
+
+
+def residual(x: Tensor, pending: Pending, rows: Rows) -> Tensor:
+    """x + gate[frame] * branch + sum_j weight_j * hint_j, summed in fp32, one rounding. Shapes: (L, D)."""
+    p = pending
+    return _residual(x, p.branch, p.gate, p.hints, p.hint_weights, rows.tokens_per_frame, rows.token_offset)
+
+
+def residual_adaln(
+    x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, rows: Rows, *, out: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Settle what is pending, then normalise and modulate: returns (x', adaln(x')). Shapes: (L, D) each.
+
+    With nothing pending x' is x itself.
+    """
+    if pending is None:
+        return x, adaln(x, shift, scale, rows, out=out)
+    p = pending
+    return _residual_adaln(
+        x, p.branch, p.gate, p.hints, p.hint_weights, shift, scale, rows.tokens_per_frame, rows.token_offset, EPS,
+        out or x.dtype,
+    )  # fmt: skip
+
+
+def head_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """RMS norm over each head's K features, times gain (K,): (L, N*K) -> (L, N, K). eps 1e-6."""
+    return _head_norm(x, gain, EPS)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the packed projection; norm q and k per head and rotate them by the token's 3-D angles.
+
+    Shapes: qkv (L, 3*N*K); gains (K,); cos, sin (L, K/2) fp32; returns q, k, v, each (L, N, K); v is a
+    view of qkv.
+    """
+    q, k = _qk_norm_rope(qkv, q_gain, k_gain, cos, sin, EPS)
+    return q, k, qkv.unflatten(1, (3, *q.shape[1:]))[:, 2]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x * Phi(x), exact erf form. Any shape."""
+    return _gelu(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v per head, no mask. Shapes: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
+    return _attention(q, k, v)
+
+
+def patchify(z: Tensor, mask: Tensor) -> Tensor:
+    """Latent z (C, T, H, W) and frame mask (T,) -> patch vectors (L, 4*(C+2)), L = T*H/2*W/2."""
+    return _patchify(z, mask)
+
+
+def unpatchify(y: Tensor, T: int, H: int, W: int) -> Tensor:
+    """Head output (L, 4*C) -> latent (C, T, H, W). Not the inverse of `patchify`: feature orders differ."""
+    return _unpatchify(y, T, H, W)
