@@ -1,0 +1,498 @@
+"""The Wan 2.1 video VAE as one exact causal pass, run window by window with explicit state.
+
+Shape letters: B batch; F video frames, H W pixels; C channels; T latent frames, h w latent rows and
+columns (h = H/8, w = W/8, T = 1 + (F-1)/4). Inside the convolutions every tensor is (B, C, F, H, W).
+
+Frame 0 is special: it becomes one latent frame alone, skips both kinds of temporal resampling, and stays
+invisible to the temporal up-sampling convs ever after. With that rule a pass over the whole clip and a
+pass over any windows are the same function, so the window size is a matter of memory only.
+
+Layout: whatever `channels_last_` did to the weights, activations follow; nothing here forces a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .vae_keys import Block, decoder_blocks, encoder_blocks, vae_flops, vae_history_bytes
+
+# fmt: off
+LATENT_MEAN: Final = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENT_STD: Final = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Widths of the VAE; the defaults are the published model (126,892,531 parameters)."""
+
+    base: int = 96
+    latent_channels: int = 16
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    residuals: int = 2
+    temporal: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = LATENT_MEAN
+    std: tuple[float, ...] = LATENT_STD
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.latent_channels:
+            raise ValueError(
+                f"VAEConfig: mean and std must have {self.latent_channels} numbers, "
+                f"got {len(self.mean)} and {len(self.std)}. Give statistics of this latent space."
+            )
+        if len(self.temporal) != len(self.multipliers) - 1:
+            raise ValueError(
+                f"VAEConfig: temporal must have {len(self.multipliers) - 1} flags, got {len(self.temporal)}. "
+                "One flag stands for each change of stage."
+            )
+
+    @classmethod
+    def tiny(cls) -> VAEConfig:
+        """The same structure at base width 16, for tests."""
+        return cls(base=16)
+
+    @property
+    def plan(self) -> tuple[int, tuple[int, ...], int, tuple[bool, ...]]:
+        """The numbers `vae_keys.encoder_blocks` and `decoder_blocks` take."""
+        return self.base, self.multipliers, self.residuals, self.temporal
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent element along height and width."""
+        return 2 ** len(self.temporal)
+
+    @property
+    def stride(self) -> int:
+        """Video frames per latent frame after the first."""
+        return 2 ** sum(self.temporal)
+
+
+# ---------------------------------------------------------------------------------------------------
+# State and elementwise parts. Each of these functions is one place where a fused kernel fits.
+
+
+def frames_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised (B, C, F, H, W) tensor in the layout of x."""
+    last = x.stride(1) == 1
+    layout = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+class Stream:
+    """What one pass carries from window to window: the last input frames of each temporal conv.
+
+    One object per encode or decode call. Buffers keep their address from the first window on, so a window
+    of constant size can be captured. `keep=False` is for a pass of one window, which needs no memory.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self.first = True
+        self._keep = keep
+        self._past: dict[nn.Module, Tensor] = {}
+
+    def room(self, layer: nn.Module, x: Tensor, past: int = 2) -> Tensor:
+        """(B, C, past + F, H, W): the history of `layer` (zeros at the start), then room for x's frames."""
+        padded = frames_like(x, (*x.shape[:2], past + x.shape[2], *x.shape[3:]))
+        if layer in self._past:
+            padded[:, :, :past].copy_(self._past[layer])
+        else:
+            padded[:, :, :past].zero_()
+        return padded
+
+    def remember(self, layer: nn.Module, frames: Tensor) -> None:
+        """Make `frames` the history of `layer`. They are copied: a view would keep a whole window alive."""
+        if not self._keep:
+            return
+        if layer not in self._past:
+            self._past[layer] = frames_like(frames, tuple(frames.shape))
+        self._past[layer].copy_(frames)
+
+    def extend(self, layer: nn.Module, x: Tensor, past: int = 2) -> Tensor:
+        """x with the history of `layer` before it; remembers the last `past` frames for the next window."""
+        padded = self.room(layer, x, past)
+        padded[:, :, past:].copy_(x)
+        self.remember(layer, padded[:, :, -past:])
+        return padded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the histories."""
+        return sum(past.numel() * past.element_size() for past in self._past.values())
+
+
+def rms(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, with |x| the L2 norm over channels.
+
+    Shapes: x, out (B, C, F, H, W), out may be a view; gamma has C elements.
+    The norm and the division are fp32 for bf16 input and round once; no fp32 copy of x is made on CUDA.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    torch.mul(x, x.shape[1] ** 0.5 / norm.clamp_min_(1e-12), out=out)
+    return out.mul_(gamma.view(-1, 1, 1, 1))
+
+
+def rms_silu(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    """out = silu(rms(x)). Shapes as in `rms`."""
+    return F.silu(rms(x, gamma, out), inplace=True)
+
+
+def upsample2x(x: Tensor, out: Tensor) -> Tensor:
+    """Nearest neighbour x2: out[..., i, j] = x[..., i//2, j//2]; a plain copy in every dtype.
+
+    Shapes: x (B, C, F, H, W); out (B, C, F, 2H, 2W), may be a strided view.
+    """
+    pairs = out.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
+    pairs.copy_(x[:, :, :, :, None, :, None])
+    return out
+
+
+def pad_right_bottom(x: Tensor) -> Tensor:
+    """One zero column on the right and one zero row at the bottom of every frame, none left or top."""
+    return F.pad(x, (0, 1, 0, 1))
+
+
+def norm_conv(norm: Norm, conv: CausalConv, x: Tensor, stream: Stream) -> Tensor:
+    """conv(silu(rms(x))) with history; the norm writes straight behind the history, no concatenation."""
+    padded = stream.room(conv, x)
+    rms_silu(x, norm.gamma, padded[:, :, 2:])
+    del x  # the last reference when calls are nested: frees it before the conv allocates
+    stream.remember(conv, padded[:, :, -2:])
+    return conv(padded)
+
+
+def per_frame(conv: nn.Conv2d, x: Tensor, pad: bool = False) -> Tensor:
+    """A 2-D conv on each frame. Shapes: (B, C, F, H, W) -> (B, C', F, H', W'); a view in channels last."""
+    flat = x.transpose(1, 2).flatten(0, 1)
+    y = conv(pad_right_bottom(flat) if pad else flat)
+    return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Modules. Names of parameters are the published ones; a number is a position in the published lists.
+
+
+class Norm(nn.Module):
+    """The gain of an RMS norm; `rms` and `rms_silu` do the work."""
+
+    def __init__(self, width: int, dims: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width, *(1,) * dims))
+
+
+class CausalConv(nn.Conv3d):
+    """3x3x3 conv on frames that already have their two past frames before them. Zero padding in space."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out, 3, padding=(0, 1, 1))
+
+
+class Residual(nn.Module):
+    """x + conv(silu(rms(conv(silu(rms(x)))))), with a 1x1x1 conv on the skip when the width changes."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {"0": Norm(width), "2": CausalConv(width, out), "3": Norm(out), "6": CausalConv(out, out)}
+        )
+        self.shortcut = nn.Conv3d(width, out, 1) if width != out else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        part = self.residual
+        h = norm_conv(part["3"], part["6"], norm_conv(part["0"], part["2"], x, stream), stream)
+        return h.add_(x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """x + attention inside each frame: one head over all rows and columns, no mask, no positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width, dims=2)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        rows = rms(x, self.norm.gamma, frames_like(x, tuple(x.shape))).permute(0, 2, 3, 4, 1)
+        for clip, out in zip(rows, x.permute(0, 2, 3, 4, 1), strict=True):
+            for frame, target in zip(clip, out, strict=True):
+                target.add_(self._frame(frame))
+        return x
+
+    def _frame(self, frame: Tensor) -> Tensor:
+        """(h, w, C) -> (h, w, C). One frame at a time bounds whatever the attention kernel needs."""
+        qkv = F.linear(frame.reshape(1, -1, frame.shape[-1]), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
+        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))
+        # No flash kernel has a head this wide (384); left to itself torch may take the one that
+        # materialises all (h*w)^2 scores.
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if frame.is_cuda else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v)
+        return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).reshape(frame.shape)
+
+
+class Down(nn.Module):
+    """Half the height and width; with `time_conv` then also half the frames, frame 0 passing untouched."""
+
+    def __init__(self, width: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=2)})
+        self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = per_frame(self.resample["1"], x, pad=True)
+        if self.time_conv is None:
+            return x
+        if not stream.first:
+            return self.time_conv(stream.extend(self.time_conv, x, past=1))
+        stream.remember(self.time_conv, x[:, :, -1:])
+        return x if x.shape[2] == 1 else torch.cat((x[:, :, :1], self.time_conv(x)), dim=2)
+
+
+class Up(nn.Module):
+    """With `time_conv` twice the frames after frame 0; then twice the height and width, half the channels.
+
+    The first half of the time conv's channels is the earlier frame of a pair. Frame 0 never enters its
+    history: for the frames after it, time begins with zeros.
+    """
+
+    def __init__(self, width: int, out: int, time: bool) -> None:
+        super().__init__()
+        self.time_conv = nn.Conv3d(width, 2 * width, (3, 1, 1)) if time else None
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(width, out, 3, padding=1)})
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        batch, width, frames, height, columns = x.shape
+        alone = frames if self.time_conv is None else int(stream.first)
+        rest = frames - alone
+        big = frames_like(x, (batch, width, alone + 2 * rest, 2 * height, 2 * columns))
+        if alone:
+            upsample2x(x[:, :, :alone], big[:, :, :alone])
+        if rest:
+            pairs = self.time_conv(stream.extend(self.time_conv, x[:, :, alone:]))
+            upsample2x(pairs[:, :width], big[:, :, alone::2])
+            upsample2x(pairs[:, width:], big[:, :, alone + 1 :: 2])
+            del pairs
+        return per_frame(self.resample["1"], big)
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([Residual(width, width), Attention(width), Residual(width, width)])
+
+
+def _build(block: Block) -> nn.Module:
+    if block.kind == "residual":
+        return Residual(block.width, block.out)
+    if block.kind.startswith("down"):
+        return Down(block.width, time=block.kind == "down_time")
+    return Up(block.width, block.out, time=block.kind == "up_time")
+
+
+class Encoder(nn.Module):
+    """(B, 3, F, H, W) -> (B, 2z, T, h, w)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        top = config.base * config.multipliers[-1]
+        self.conv1 = CausalConv(3, config.base)
+        self.downsamples = nn.ModuleList(_build(block) for block in encoder_blocks(*config.plan))
+        self.middle = _middle(top)
+        self.head = nn.ModuleDict({"0": Norm(top), "2": CausalConv(top, 2 * config.latent_channels)})
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv1(stream.extend(self.conv1, x))
+        for block in (*self.downsamples, *self.middle):
+            x = block(x, stream)
+        return norm_conv(self.head["0"], self.head["2"], x, stream)
+
+
+class Decoder(nn.Module):
+    """(B, z, T, h, w) -> (B, 3, F, H, W)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        top, bottom = config.base * config.multipliers[-1], config.base * config.multipliers[0]
+        self.conv1 = CausalConv(config.latent_channels, top)
+        self.middle = _middle(top)
+        self.upsamples = nn.ModuleList(_build(block) for block in decoder_blocks(*config.plan))
+        self.head = nn.ModuleDict({"0": Norm(bottom), "2": CausalConv(bottom, 3)})
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv1(stream.extend(self.conv1, x))
+        for block in (*self.middle, *self.upsamples):
+            x = block(x, stream)
+        return norm_conv(self.head["0"], self.head["2"], x, stream)
+
+
+def windows(length: int, window: int | None) -> list[tuple[int, int]]:
+    """Bounds (start, stop) of a pass: element 0 alone, then `window` at a time; None is all at once."""
+    if window is None:
+        return [(0, length)]
+    return [(0, 1), *((i, min(i + window, length)) for i in range(1, length, window))]
+
+
+def latent_statistics(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation, (C, 1, 1, 1) each, in the dtype and on the device of `like`.
+
+    Both are rounded to bf16 in every compute dtype, the reciprocal after the std: the released diffusion
+    weights were trained on latents scaled by these numbers, up to 0.41 % away from the printed ones.
+    """
+    mean = torch.tensor(config.mean, dtype=torch.bfloat16, device="cpu")
+    gain = 1.0 / torch.tensor(config.std, dtype=torch.bfloat16, device="cpu")
+    return mean.view(-1, 1, 1, 1).to(like), gain.view(-1, 1, 1, 1).to(like)
+
+
+def _check(x: Tensor, what: str, channels: int, multiple: int = 1) -> None:
+    if x.dim() != 5 or x.shape[1] != channels or not x.is_floating_point() or 0 in x.shape:
+        raise ValueError(
+            f"vae.{what}: input must be floating point (B, {channels}, frames, height, width) and not empty, "
+            f"got {tuple(x.shape)} {x.dtype}. Add the batch dimension; scale pixels to [-1, 1]."
+        )
+    if x.shape[3] % multiple or x.shape[4] % multiple:
+        raise ValueError(
+            f"vae.{what}: height and width must be multiples of {multiple}, "
+            f"got {x.shape[3]}x{x.shape[4]}. Resize or pad the frames first."
+        )
+
+
+def _check_frames(frames: int, stride: int, first: bool) -> None:
+    if frames % stride != int(first):
+        rule = f"frames must be {stride}k+1" if first else f"parts after the first must have {stride}k frames"
+        raise ValueError(f"vae.encode: {rule}, got {frames}. Repeat or mirror the last frames to pad the clip.")
+
+
+class VAE(nn.Module):
+    """Pixels in [-1, 1] to normalised latents and back. Inference only; weights never require grad.
+
+    Inputs may lie on any device in any float dtype: each window moves to the weights as it is used.
+    """
+
+    def __init__(self, config: VAEConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or VAEConfig()
+        z = self.config.latent_channels
+        self.encoder = Encoder(self.config)
+        self.conv1 = nn.Conv3d(2 * z, 2 * z, 1)
+        self.conv2 = nn.Conv3d(z, z, 1)
+        self.decoder = Decoder(self.config)
+        self.requires_grad_(False)
+
+    def encode(self, x_BCFHW: Tensor, window: int | None = 16) -> Tensor:
+        """Normalised posterior mean, (B, 3, F, H, W) -> (B, 16, T, h, w), in the dtype of the weights.
+
+        `window`: video frames at a time after frame 0, a multiple of 4; None is the whole clip at once.
+        Raises ValueError unless F = 4k+1 and H and W are multiples of 8.
+        """
+        stride = self.config.stride
+        if window is not None and (window < stride or window % stride):
+            raise ValueError(
+                f"vae.encode: window must be a positive multiple of {stride} frames, got {window}. "
+                f"Use {stride} for the least memory."
+            )
+        _check(x_BCFHW, "encode", 3, self.config.spatial)
+        _check_frames(x_BCFHW.shape[2], stride, True)
+        bounds = windows(x_BCFHW.shape[2], window)
+        parts = (x_BCFHW[:, :, start:stop] for start, stop in bounds)
+        return torch.cat(list(self._encode(parts, Stream(keep=len(bounds) > 1))), dim=2)
+
+    def encode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Latents of a clip that arrives in parts: yields (B, 16, t, h, w) for each (B, 3, f, H, W).
+
+        The first part has 4k+1 frames (`windows` starts with frame 0 alone), each later part a multiple
+        of 4; else ValueError. Only one part at a time is on the device of the weights.
+        """
+        return self._encode(parts, Stream())
+
+    @torch.no_grad()
+    def _encode(self, parts: Iterable[Tensor], stream: Stream) -> Iterator[Tensor]:
+        z = self.config.latent_channels
+        mean, gain = latent_statistics(self.config, self.conv1.weight)
+        size: torch.Size | None = None
+        for part in parts:
+            _check(part, "encode", 3, self.config.spatial)
+            _check_frames(part.shape[2], self.config.stride, stream.first)
+            size = size or part.shape
+            if (part.shape[0], part.shape[3:]) != (size[0], size[3:]):
+                raise ValueError(
+                    f"vae.encode: parts must share batch, height and width with the first, {tuple(size)}, "
+                    f"got {tuple(part.shape)}. Resize the frames first."
+                )
+            features = self.encoder(part.to(self.conv1.weight), stream)
+            stream.first = False
+            # The upper half of the channels is the log-variance, which nothing here reads.
+            mu = F.conv3d(features, self.conv1.weight[:z], self.conv1.bias[:z])
+            yield mu.sub_(mean).mul_(gain)
+
+    def decode(self, z_BCTHW: Tensor, window: int | None = 1) -> Tensor:
+        """Pixels, (B, 16, T, h, w) -> (B, 3, F, H, W), not clamped, in the dtype of the weights."""
+        parts = self.decode_stream(z_BCTHW, window)
+        batch, _, frames, height, width = z_BCTHW.shape
+        scale, total = self.config.spatial, 1 + self.config.stride * (frames - 1)
+        weight = self.conv2.weight
+        x = torch.empty(
+            (batch, 3, total, height * scale, width * scale), dtype=weight.dtype, device=weight.device
+        )
+        start = 0
+        for part in parts:
+            x[:, :, start : start + part.shape[2]] = part
+            start += part.shape[2]
+        return x
+
+    def decode_stream(self, z_BCTHW: Tensor, window: int | None = 1) -> Iterator[Tensor]:
+        """The frames of `decode` in order, each (B, 3, f, H, W) part as soon as it exists: 1, then 4*window.
+
+        `window`: latent frames at a time after frame 0; None is the whole clip at once. Not clamped.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"vae.decode: window must be at least 1 latent frame, got {window}. Use 1.")
+        _check(z_BCTHW, "decode", self.config.latent_channels)
+        bounds = windows(z_BCTHW.shape[2], window)
+        return self._decode(z_BCTHW, bounds)
+
+    @torch.no_grad()
+    def _decode(self, z: Tensor, bounds: list[tuple[int, int]]) -> Iterator[Tensor]:
+        stream = Stream(keep=len(bounds) > 1)
+        mean, gain = latent_statistics(self.config, self.conv2.weight)
+        for start, stop in bounds:
+            mu = z[:, :, start:stop].to(self.conv2.weight) / gain + mean
+            part = self.decoder(self.conv2(mu), stream)
+            stream.first = False
+            yield part
+
+
+def channels_last_(vae: VAE) -> VAE:
+    """Store conv weights channels last, in place; activations then follow. The fast layout on CUDA."""
+    for weight in vae.parameters():
+        if weight.dim() == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return vae
+
+
+def _numbers(config: VAEConfig) -> dict[str, object]:
+    names = ("base", "latent_channels", "multipliers", "residuals", "temporal")
+    return {name: getattr(config, name) for name in names}
+
+
+def flops(config: VAEConfig, frames: int, height: int, width: int) -> tuple[float, float]:
+    """FLOP of (encode, decode) of `frames` video frames of height x width pixels; 2 per multiply-add."""
+    return vae_flops(frames, height, width, **_numbers(config))
+
+
+def history_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that (encode, decode) carry from window to window for a batch of one."""
+    return vae_history_bytes(height, width, dtype.itemsize, **_numbers(config))
