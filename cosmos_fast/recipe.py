@@ -10,7 +10,11 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-_ALLOWED: dict[str, tuple[str, ...]] = {"dtype": ("bf16", "fp32"), "linear": ("bf16",), "attention": ("bf16",)}
+_ALLOWED: dict[str, tuple[str, ...]] = {
+    "dtype": ("bf16", "fp32"),
+    "linear": ("bf16",),
+    "attention": ("bf16",),
+}
 _PRESETS: dict[str, dict[str, str]] = {"exact": {"dtype": "bf16"}, "fp32": {"dtype": "fp32"}}
 
 
@@ -88,11 +92,15 @@ class Plan:
         for key in ("context", "cfg"):
             value = getattr(self, key)
             if type(value) is not int or value != 1:
-                raise ValueError(f"plan: {key} must be 1, got {value!r}. Several GPUs per clip are not supported yet.")
+                raise ValueError(
+                    f"plan: {key} must be 1, got {value!r}. Several GPUs per clip are not supported yet."
+                )
         for key, unit in (("vae_encode_window", 4), ("vae_decode_window", 1)):
             value = getattr(self, key)
             if type(value) is not int or value < unit or value % unit:
-                what = "a positive multiple of 4 frames" if unit == 4 else "a positive number of latent frames"
+                what = (
+                    "a positive multiple of 4 frames" if unit == 4 else "a positive number of latent frames"
+                )
                 raise ValueError(f"plan: {key} must be {what}, got {value!r}.")
 
     __repr__ = __str__ = _one_line
