@@ -49,7 +49,7 @@ class Schedule:
         return len(self.timesteps)
 
     def __str__(self) -> str:
-        rows = [f"{i:4d}  sigma {s:.9f}  t {t}" for i, (s, t) in enumerate(zip(self.sigmas, self.timesteps))]
+        rows = [f"{i:4d}  sigma {self.sigmas[i]:.9f}  t {t}" for i, t in enumerate(self.timesteps)]
         return "\n".join([f"{self.kind} schedule, {self.steps} steps", *rows])
 
 
