@@ -298,9 +298,7 @@ def read_label_mask(path: str | Path, labels: Iterable[int] | None = None) -> np
             f"{path}: must hold an array named arr_0, got {found}. Save it with numpy.savez(path, labels)."
         )
     if not isinstance(array, np.ndarray):  # numpy hands out a member that is no array as bytes
-        raise MediaError(
-            f"{path}: arr_0 must be an array of plain numbers, got {len(array)} bytes of other data."
-        )
+        raise MediaError(f"{path}: arr_0 must be an array of numbers, got {len(array)} bytes of other data.")
     if array.ndim != 3 or 0 in array.shape:
         raise MediaError(f"{path}: arr_0 must be (frames, height, width), got shape {array.shape}.")
     if array.dtype.kind not in "buif" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
