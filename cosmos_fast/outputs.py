@@ -301,7 +301,7 @@ class ClipOutputs:
     ) -> dict[str, Any]:
         """Record a clip whose media are already in place; returns the sidecar as written.
 
-        `sidecar["output"]["frames"]` tells .mp4 from .jpg; `files` are the controls and masks saved beside it.
+        `sidecar["output"]["frames"]` tells .mp4 from .jpg; `files` are the controls and masks saved too.
         What an earlier record of this clip named and this one does not is deleted. Raises ClipError if the
         media are missing, the claim was lost, or the disk refuses.
         """
@@ -323,8 +323,8 @@ class ClipOutputs:
             self._remove_stale(before, {media.name, *record["files"]})
             seconds = sum((s or {}).get("seconds") or 0 for s in (record.get("stages") or {}).values())
             self.folder.record(
-                self.name, "done", spec_hash=record["spec_hash"], output=media.name, host=socket.gethostname(),
-                sha256=record["output"]["sha256"], seconds=round(seconds, 3),
+                self.name, "done", spec_hash=record["spec_hash"], output=media.name,
+                sha256=record["output"]["sha256"], host=socket.gethostname(), seconds=round(seconds, 3),
             )  # fmt: skip
         except (OSError, EnvironmentProblem) as error:
             raise ClipError(f"{self.name}: its record must be written, got {error}.") from error

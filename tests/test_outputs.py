@@ -1,0 +1,609 @@
+"""Output folder, sidecar, manifest, resume, claims, frame checks, stop signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cosmos_fast import outputs
+from cosmos_fast.formats import ClipError, EnvironmentProblem, SpecError
+from cosmos_fast.guards import Claim, FrameChecks, StopFlag, Stopped
+from cosmos_fast.outputs import OutputFolder, name_problem, name_problems
+from cosmos_fast.recipe import Plan, Recipe
+from cosmos_fast.sidecar import SIDECAR_KEYS, build_sidecar, environment
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def sidecar(name: str = "clip", spec_hash: str = "s1", frames: int = 5, **changes: object) -> dict:
+    fields: dict = {
+        "name": name, "spec": {"name": name, "prompt": "a robot"}, "spec_hash": spec_hash,
+        "recipe": Recipe.exact(), "plan": Plan(), "model": "edge", "seeds": [1], "chunks": [], "checks": {},
+        "checkpoint": {"id": "tiny", "sha256": "w1"},
+        "stages": {"encode": {"seconds": 1.25, "peak_bytes": None}, "sample": {"seconds": 2.5}},
+        "output": {"frames": frames, "width": 64, "height": 32, "fps": Fraction(30000, 1001)},
+    }  # fmt: skip
+    return build_sidecar(**(fields | changes))
+
+
+def write_media(clip: outputs.ClipOutputs, data: bytes = b"video", frames: int = 5) -> Path:
+    path = clip.media(frames)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> OutputFolder:
+    return OutputFolder(tmp_path / "out")
+
+
+def names(folder: OutputFolder) -> set[str]:
+    return {p.name for p in folder.root.iterdir()} - {".lock"}
+
+
+# ------------------------------------------------------------------------------------ names and paths
+
+
+@pytest.mark.parametrize("name", ["a", "robot_1", "A.b-c", "0" * 128])
+def test_good_names_pass(name: str) -> None:
+    assert name_problem(name) is None
+
+
+BAD_NAMES = [
+    "",
+    "../x",
+    "/etc/x",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "-x",
+    "a b",
+    "é",
+    "a\n",
+    "a\0",
+    "0" * 129,
+    "..",
+    "con",
+]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, "LPT1.x", "run", "x.part"])
+def test_bad_names_are_refused_before_any_path_is_made(name: str, folder: OutputFolder) -> None:
+    with pytest.raises(SpecError, match="name:"):
+        folder.clip(name)
+    assert names(folder) == set()
+
+
+def test_batch_names_that_share_a_file_are_found() -> None:
+    assert name_problems(["a", "b", "c_control_edge"]) == []
+    problems = name_problems(["a", "A", "b", "B_control_edge", "c", "c_mask_guided_generation", "../d"])
+    assert len(problems) == 4
+    assert any("'a' and 'A'" in p for p in problems)
+    assert any("'B_control_edge' is also a file that clip 'b'" in p for p in problems)
+
+
+@pytest.mark.parametrize("filename", ["../x.mp4", "/tmp/x", "a/b.mp4", "", ".", "..", "a\0b"])
+def test_paths_stay_in_the_folder(folder: OutputFolder, filename: str) -> None:
+    with pytest.raises(ClipError, match="plain file name"):
+        folder.path(filename)
+
+
+def test_symlinks_and_folders_in_the_way_are_refused(folder: OutputFolder, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.mp4"
+    outside.write_text("precious")
+    clip = folder.clip("clip")
+    os.symlink(outside, folder.root / "clip.mp4")
+    os.symlink(tmp_path / "nowhere", folder.root / "clip.json")
+    os.symlink(outside, folder.root / "manifest.jsonl")
+    (folder.root / "clip_control_edge.mp4").mkdir()
+    for make in (lambda: clip.media(5), lambda: clip.sidecar):
+        with pytest.raises(ClipError, match="symbolic link"):
+            make()
+    with pytest.raises(ClipError, match="symbolic link"):
+        clip.fail("why")
+    with pytest.raises(ClipError, match="must be a plain file"):
+        clip.control("edge", 5)
+    assert outside.read_text() == "precious"
+
+
+def test_part_link_planted_in_the_folder_is_not_followed(folder: OutputFolder, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("precious")
+    os.symlink(outside, folder.root / "clip.json.part")
+    write_media(folder.clip("clip"))
+    folder.clip("clip").finish(sidecar())
+    assert outside.read_text() == "precious" and not (folder.root / "clip.json").is_symlink()
+
+
+def test_folder_swapped_for_a_link_is_noticed(folder: OutputFolder, tmp_path: Path) -> None:
+    folder.root.rename(tmp_path / "moved")
+    os.symlink(tmp_path / "moved", folder.root)
+    with pytest.raises(ClipError, match="symbolic link"):
+        folder.path("clip.mp4")
+
+
+def test_unwritable_folder_is_an_environment_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/cosmos-out")):
+        with pytest.raises(EnvironmentProblem, match="can be written.*Choose another"):
+            OutputFolder(place)
+
+
+def test_read_only_folder_is_an_environment_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(outputs.os, "open", refuse)
+    with pytest.raises(EnvironmentProblem, match="Read-only file system"):
+        OutputFolder(tmp_path)
+
+
+def test_every_file_of_a_clip_has_its_name(folder: OutputFolder) -> None:
+    clip = folder.clip("c")
+    paths = [
+        clip.media(2), clip.media(1), clip.control("depth", 9), clip.control("vis", 1), clip.mask("seg", 9),
+        clip.guided_mask(9), clip.prompt, clip.sidecar,
+    ]  # fmt: skip
+    assert [p.name for p in paths] == [
+        "c.mp4", "c.jpg", "c_control_depth.mp4", "c_control_vis.jpg", "c_mask_seg.mp4",
+        "c_mask_guided_generation.mp4", "c.txt", "c.json",
+    ]  # fmt: skip
+    assert {p.parent for p in paths} == {folder.root}
+    with pytest.raises(ValueError, match="one of edge, vis, depth, seg"):
+        clip.control("../edge", 1)
+
+
+# ------------------------------------------------------------------------------------------ sidecar
+
+
+def test_sidecar_has_the_documented_keys_and_plain_values() -> None:
+    @dataclass(frozen=True)
+    class Piece:
+        index: int
+        path: Path
+
+    record = sidecar(chunks=[Piece(0, Path("/a"))], notes=("n",), checks={"jump": np.float32(0.5)})
+    assert set(record) == set(SIDECAR_KEYS)
+    assert record["chunks"] == [{"index": 0, "path": "/a"}]
+    assert record["output"]["fps"] == "30000/1001"
+    assert record["recipe"] == Recipe.exact().to_dict() and record["plan"]["vae_encode_window"] == 16
+    assert record["checks"]["jump"] == 0.5
+    assert record["guardrail"]["requested"] is record["guardrail"]["run"] is False
+    assert record["guardrail"]["reason"]
+    assert record["versions"]["python"] and record["versions"]["cosmos_fast"]
+
+
+def test_sidecar_refuses_what_json_cannot_say() -> None:
+    with pytest.raises(ValueError):
+        sidecar(checks={"jump": math.nan})
+    with pytest.raises(ValueError, match="output must tell width, fps"):
+        sidecar(output={"frames": 5, "height": 3})
+
+
+def test_environment_needs_no_heavy_import() -> None:
+    code = (
+        "import sys\nfrom cosmos_fast.sidecar import environment\nimport cosmos_fast.outputs\n"
+        "assert environment()['torch']\nprint(sorted({'torch', 'av', 'cv2'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert environment({"name": "H100"})["gpu"] == {"name": "H100"}
+
+
+def test_run_record_is_written(folder: OutputFolder) -> None:
+    folder.write_run(environment())
+    assert json.loads((folder.root / "run.json").read_text())["python"]
+
+
+# ------------------------------------------------------------------------------------ finish, crash
+
+
+def test_finish_writes_everything_and_the_manifest_last(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    write_media(clip)
+    clip.control("edge", 5).write_bytes(b"edges")
+    order: list[str] = []
+    replace = os.replace
+
+    def watch(src: object, dst: object) -> None:
+        order.append(Path(str(dst)).name)
+        assert not (folder.root / "manifest.jsonl").exists()
+        replace(src, dst)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs.os, "replace", watch)
+        record = clip.finish(sidecar(), files=[clip.control("edge", 5)])
+    assert order == ["clip.txt", "clip.json"]
+    assert names(folder) == {"clip.mp4", "clip.txt", "clip.json", "clip_control_edge.mp4", "manifest.jsonl"}
+    assert clip.prompt.read_text() == "a robot"
+    assert json.loads(clip.sidecar.read_text()) == record
+    assert record["output"]["file"] == "clip.mp4" and record["output"]["bytes"] == 5
+    assert record["files"] == {"clip.txt": 7, "clip_control_edge.mp4": 5}
+    (line,) = folder.manifest()
+    assert (line["name"], line["status"], line["seconds"]) == ("clip", "done", 3.75)
+    assert line["sha256"] == record["output"]["sha256"] and line["reason"] is None
+
+
+def test_finish_needs_media(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    with pytest.raises(ClipError, match="got no clip.mp4"):
+        clip.finish(sidecar())
+    write_media(clip, b"")
+    with pytest.raises(ClipError, match="got no clip.mp4"):
+        clip.finish(sidecar())
+    assert names(folder) == {"clip.mp4"}
+
+
+@pytest.mark.parametrize("stage", ["txt", "json", "manifest"])
+def test_crash_at_each_stage_leaves_old_or_new(
+    folder: OutputFolder, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    clip = folder.clip("clip")
+    write_media(clip, b"old")
+    clip.finish(sidecar(spec_hash="old"))
+    old = clip.sidecar.read_bytes()
+
+    write_media(clip, b"new!")
+    with monkeypatch.context() as patch:
+        if stage == "manifest":
+
+            def fail(*_: object) -> None:
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(OutputFolder, "_append", staticmethod(fail))
+        else:
+            replace = os.replace
+
+            def crash(src: object, dst: object) -> None:
+                if str(dst).endswith(stage):
+                    raise OSError(28, "No space left on device")
+                replace(src, dst)  # type: ignore[arg-type]
+
+            patch.setattr(outputs.os, "replace", crash)
+        with pytest.raises(ClipError, match="No space left"):
+            clip.finish(sidecar(spec_hash="new"))
+    assert not [n for n in names(folder) if n.endswith(".part")]
+    if stage == "manifest":  # the record is whole, so the clip is done; the line is made up for on resume
+        assert len(folder.manifest()) == 1
+        assert clip.is_done("new") and not clip.is_done("old")
+        assert [m["spec_hash"] for m in folder.manifest()] == ["old", "new"]
+        assert clip.is_done("new") and len(folder.manifest()) == 2
+    else:
+        assert clip.sidecar.read_bytes() == old
+        assert clip.redo_reason("old") == "clip.mp4 is not the file that was written"
+        assert clip.redo_reason("new") == "spec changed since it was made"
+        clip.finish(sidecar(spec_hash="new"))
+        assert clip.is_done("new")
+
+
+def test_kill_between_part_and_rename_leaves_the_old_record(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    write_media(clip, b"old")
+    clip.finish(sidecar(spec_hash="old"))
+    code = (
+        "import os\nfrom cosmos_fast import outputs\n"
+        "os.replace = lambda *a: os.kill(os.getpid(), 9)\n"
+        f"outputs._write(outputs.Path({str(clip.sidecar)!r}), b'half')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env=ENV).returncode == -signal.SIGKILL
+    assert clip.is_done("old") and "clip.json.part" in names(folder)
+    clip.remove_parts()
+    assert "clip.json.part" not in names(folder)
+
+
+def test_stale_outputs_of_an_earlier_record_go(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    write_media(clip)
+    clip.control("depth", 5).write_bytes(b"d")
+    clip.finish(sidecar(), files=[clip.control("depth", 5)])
+    (folder.root / "clip_control_seg.mp4").write_bytes(b"the user's own")
+    clip.media(1).write_bytes(b"jpg")
+    clip.finish(sidecar(frames=1))
+    assert names(folder) == {"clip.jpg", "clip.txt", "clip.json", "manifest.jsonl", "clip_control_seg.mp4"}
+    assert clip.is_done("s1")
+
+
+def test_fail_records_the_reason_and_removes_parts(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    for name in ("clip.part.mp4", "clip_control_edge.part.mp4", "clip.json.part"):
+        (folder.root / name).write_bytes(b"half")
+    clip.fail("non-finite at step 3", spec_hash="s")
+    clip.fail("blocked", status="refused")
+    assert names(folder) == {"manifest.jsonl"}
+    assert [(m["status"], m["reason"]) for m in folder.manifest()] == [
+        ("failed", "non-finite at step 3"),
+        ("refused", "blocked"),
+    ]
+    with pytest.raises(ValueError, match="cannot be recorded as done"):
+        clip.fail("x", status="done")
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_decides_by_hashes(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    assert clip.redo_reason("s1") == "clip.json is missing or not a finished record"
+    media = write_media(clip)
+    made = clip.finish(sidecar())
+    good = {"recipe": Recipe.exact().to_dict(), "checkpoint": {"id": "tiny", "sha256": "w1"}}
+    assert clip.is_done("s1", **good)
+    assert clip.redo_reason("s2", **good) == "spec changed since it was made"
+    assert clip.redo_reason("s1", version="9.9") == "version changed since it was made"
+    assert clip.redo_reason("s1", recipe=Recipe.fp32().to_dict()) == "recipe changed since it was made"
+    assert clip.redo_reason("s1", checkpoint={"id": "tiny", "sha256": "w2"}) == (
+        "checkpoint changed since it was made"
+    )
+    media.write_bytes(b"edits")  # same size as before
+    assert clip.redo_reason("s1") == "clip.mp4 is not the file that was written"
+    media.unlink()
+    assert clip.redo_reason("s1") == "clip.mp4 is missing"
+    clip.sidecar.write_text(json.dumps(made | {"output": made["output"] | {"file": "../../etc/passwd"}}))
+    assert clip.redo_reason("s1") == "clip.json does not name this clip's output"
+    for junk in ("{", "[]", '{"output": 3}', '"x"'):
+        clip.sidecar.write_text(junk)
+        assert clip.redo_reason("s1") == "clip.json is missing or not a finished record"
+
+
+def test_manifest_survives_a_half_line(folder: OutputFolder) -> None:
+    folder.record("a", "done")
+    with open(folder.root / "manifest.jsonl", "ab") as file:
+        file.write(b'{"name": "b", "sta')
+    folder.record("c", "failed", "why")
+    assert [m["name"] for m in folder.manifest()] == ["a", "c"]
+
+
+def test_manifest_takes_lines_from_two_processes(folder: OutputFolder) -> None:
+    code = (
+        "import sys\nfrom cosmos_fast.outputs import OutputFolder\nf = OutputFolder(sys.argv[1])\n"
+        "for i in range(100): f.record(f'{sys.argv[2]}{i}', 'failed', 'r' * (i * 97 % 9000))"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(folder.root), who], env=ENV) for who in "ab"]
+    assert [job.wait(timeout=60) for job in jobs] == [0, 0]
+    lines = folder.manifest()
+    assert (folder.root / "manifest.jsonl").read_bytes().count(b"\n") == len(lines) == 200
+    for who in "ab":
+        assert [m["name"] for m in lines if m["name"][0] == who] == [f"{who}{i}" for i in range(100)]
+
+
+# ------------------------------------------------------------------------------------------- claims
+
+HOLD = (
+    "import sys, time\nfrom cosmos_fast.outputs import OutputFolder\nfrom cosmos_fast.guards import Claim\n"
+    "f = OutputFolder(sys.argv[1])\nclip = f.clip('clip')\nclaim = Claim.take(clip.claim_path, f.locked)\n"
+    "print(claim is not None, flush=True)\ntime.sleep(60)"
+)
+
+
+def test_claim_is_exclusive_and_comes_back(folder: OutputFolder) -> None:
+    path = folder.clip("clip").claim_path
+    with Claim.take(path, folder.locked) or pytest.fail("free claim refused") as claim:
+        assert claim.held() and path.exists()
+        assert Claim.take(path, folder.locked) is None
+    assert not path.exists() and names(folder) == set()
+
+
+def test_claim_of_a_killed_process_is_taken_over_at_once(folder: OutputFolder) -> None:
+    path = folder.clip("clip").claim_path
+    job = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.root)], env=ENV, stdout=subprocess.PIPE)
+    try:
+        assert job.stdout is not None and job.stdout.readline() == b"True\n"
+        assert Claim.take(path, folder.locked) is None
+    finally:
+        job.kill()
+        job.wait()
+    claim = Claim.take(path, folder.locked)
+    assert claim is not None and claim.held()
+    claim.release()
+
+
+def test_claim_of_another_host_goes_stale_by_its_heartbeat_alone(folder: OutputFolder) -> None:
+    path = folder.clip("clip").claim_path
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "process": "pid:[1] 5", "token": "t"}))
+    assert Claim.take(path, folder.locked, stale_s=60) is None
+    os.utime(path, (time.time() - 61,) * 2)
+    claim = Claim.take(path, folder.locked, stale_s=60)
+    assert claim is not None
+    claim.release()
+
+
+def test_heartbeat_keeps_a_claim_and_a_lost_one_is_noticed(folder: OutputFolder) -> None:
+    clip = folder.clip("clip")
+    path = clip.claim_path
+    claim = Claim.take(path, folder.locked, stale_s=0.5)
+    assert claim is not None
+    os.utime(path, (1.0, 1.0))
+    deadline = time.monotonic() + 5
+    while path.stat().st_mtime == 1.0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.stat().st_mtime > 1.0
+
+    other = json.loads(path.read_text()) | {"token": "someone else's"}
+    path.write_text(json.dumps(other))
+    write_media(clip)
+    with pytest.raises(ClipError, match="taken over"):
+        clip.finish(sidecar(), claim=claim)
+    assert not clip.sidecar.exists()
+    claim.release()
+    assert path.exists()  # it is the other's now
+
+
+def test_one_of_many_contenders_takes_a_stale_claim(folder: OutputFolder) -> None:
+    path = folder.clip("clip").claim_path
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "process": "pid:[1] 5", "token": "t"}))
+    os.utime(path, (1.0, 1.0))
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", HOLD, str(folder.root)], env=ENV, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    try:
+        answers = sorted(job.stdout.readline() for job in jobs if job.stdout)
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    assert answers == [b"False\n", b"False\n", b"True\n"]
+    assert not [n for n in names(folder) if n != ".clip.claim"]
+
+
+# -------------------------------------------------------------------------------------- frame checks
+
+
+def moving(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 24, 32, 3), dtype=np.uint8)
+
+
+def still(n: int, value: int | None = None) -> np.ndarray:
+    frame = moving(1, 9) if value is None else np.full((1, 24, 32, 3), value, np.uint8)
+    return np.repeat(frame, n, axis=0)
+
+
+def run_checks(
+    frames: np.ndarray, source: np.ndarray | None = None, step: int = 4, **options: object
+) -> FrameChecks:
+    checks = FrameChecks("clip", len(frames), (32, 24), **options)  # type: ignore[arg-type]
+    for i in range(0, len(frames), step):
+        checks.update(frames[i : i + step], None if source is None else source[i : i + step])
+    return checks
+
+
+def test_a_moving_clip_passes_whatever_its_parts() -> None:
+    frames = moving(20)
+    figures = [run_checks(frames, step=step, seams=(10,)).finish() for step in (1, 3, 20)]
+    assert figures[0] == figures[1] == figures[2]
+    assert figures[0]["frames"] == 20 and figures[0]["identical_frames_longest"] == 1
+
+
+@pytest.mark.parametrize(("value", "what"), [(0, "black"), (128, "one colour"), (255, "one colour")])
+def test_flat_output_fails_unless_the_source_is_flat(value: int, what: str) -> None:
+    dithered = still(12, value) + (np.arange(12) % 2).astype(np.uint8)[:, None, None, None] * (
+        1 if value < 255 else 0
+    )
+    with pytest.raises(ClipError, match=f"got {what} from frame 0 on"):
+        run_checks(dithered, moving(12))
+    with pytest.raises(ClipError, match=f"got {what} in every frame"):
+        run_checks(still(3, value), moving(3)).finish()
+    run_checks(dithered, still(12, 7)).finish()
+    run_checks(np.concatenate([still(7, value), moving(5)]), moving(12)).finish()  # a short fade is no fault
+    with pytest.raises(ClipError, match="from frame 6 on"):
+        run_checks(np.concatenate([moving(6), dithered]), moving(18))
+
+
+def test_a_small_bright_object_on_black_is_a_picture() -> None:
+    frames = still(9, 0)
+    for i in range(9):
+        frames[i, 3 + i : 6 + i, 5:8] = 200
+    run_checks(frames, moving(9)).finish()
+
+
+def test_frozen_output_fails_unless_the_source_is_frozen_too() -> None:
+    frames = np.concatenate([moving(5), still(8), moving(3, 1)])
+    with pytest.raises(ClipError, match=r"8 identical \(frozen\) frames up to frame 12"):
+        run_checks(frames, moving(16))
+    with pytest.raises(ClipError, match="frozen"):
+        run_checks(frames)
+    assert run_checks(frames, np.concatenate([moving(5, 2), still(8), moving(3, 2)])).finish()["frames"] == 16
+    assert (
+        run_checks(np.concatenate([moving(5), still(7)]), moving(12)).finish()["identical_frames_longest"]
+        == 7
+    )
+    doubled = np.repeat(
+        moving(10, 3), 2, axis=0
+    )  # a 15 fps source stored at 30 does not excuse a frozen result
+    with pytest.raises(ClipError, match="frozen"):
+        run_checks(still(20), doubled)
+
+
+def test_count_size_and_kind_must_match() -> None:
+    checks = FrameChecks("clip", 9, (32, 24))
+    checks.update(moving(8))
+    with pytest.raises(ClipError, match="must have 9 frames, got 8"):
+        checks.finish()
+    with pytest.raises(ClipError, match="uint8 24x32 RGB, got uint8 of shape"):
+        FrameChecks("clip", 9, (24, 32)).update(moving(1))
+    with pytest.raises(ClipError, match="got float32"):
+        FrameChecks("clip", 9, (32, 24)).update(moving(1).astype(np.float32))
+    with pytest.raises(ValueError, match="source must match"):
+        checks.update(moving(2), moving(1))
+
+
+def test_a_jump_at_a_seam_is_a_note() -> None:
+    ramp = np.stack([np.roll(moving(1, 4)[0] // 4, 0) + i for i in range(20)]).astype(np.uint8)
+    ramp[10:] += 60
+    checks = run_checks(ramp, moving(20), seams=(10, 15))
+    figures = checks.finish()
+    assert figures["median_frame_difference"] == 1.0
+    assert figures["seam_differences"] == {10: 61.0, 15: 1.0}
+    assert len(checks.notes) == 1 and "into frame 10 is 61.0 times" in checks.notes[0]
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+STOP = (
+    "import os, signal, sys, time\nfrom cosmos_fast.guards import StopFlag, Stopped\n"
+    "with StopFlag(30) as stop:\n"
+    "  print('ready', flush=True)\n  while not stop.requested: time.sleep(0.005)\n"
+    "  stop.check(remaining_s=1)\n  print('asked', flush=True)\n  if sys.argv[1] == 'wait': time.sleep(30)\n"
+    "  try: stop.check()\n  except Stopped as e: sys.exit(e.exit_code)"
+)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+)
+def test_first_signal_asks_and_second_kills(number: signal.Signals, code: int) -> None:
+    for mode, expected in (("go", code), ("wait", -number)):
+        job = subprocess.Popen([sys.executable, "-c", STOP, mode], env=ENV, stdout=subprocess.PIPE)
+        assert job.stdout is not None and job.stdout.readline() == b"ready\n"
+        job.send_signal(number)
+        assert job.stdout.readline() == b"asked\n"
+        if mode == "wait":
+            job.send_signal(number)
+        assert job.wait(timeout=20) == expected
+
+
+def test_grace_decides_whether_the_clip_may_finish() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopFlag(grace_s=5) as stop:
+        stop.check()
+        assert stop.exit_code == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.check(remaining_s=2)
+        with pytest.raises(Stopped) as caught:
+            stop.check(remaining_s=6)
+        assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGUSR1) == before
+    with pytest.raises(ValueError, match="grace"):
+        StopFlag(-1)
+
+
+# ------------------------------------------------------------------------------------------- recipe
+
+
+def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
+    assert str(Recipe.exact()) == "Recipe(name='exact', dtype='bf16', linear='bf16', attention='bf16')"
+    assert Recipe() == Recipe.exact() and Recipe.fp32().to_dict()["dtype"] == "fp32"
+    for bad in ({"dtype": "fp16"}, {"linear": "fp8"}, {"attention": "int8"}, {"name": ""}):
+        with pytest.raises(ValueError, match=f"recipe: {next(iter(bad))} must be"):
+            Recipe(**bad)
+    with pytest.raises(ValueError, match="one of exact, fp32"):
+        Recipe.preset("fast")
+    assert Plan(device="cuda:1").to_dict()["device"] == "cuda:1" and "\n" not in str(Plan())
+    for bad in (
+        {"device": "tpu"}, {"device": "cuda:x"}, {"context": 2}, {"cfg": 2}, {"cfg": True},
+        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"plan: {next(iter(bad))} must be"):
+            Plan(**bad)  # type: ignore[arg-type]
