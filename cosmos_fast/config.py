@@ -20,7 +20,7 @@ class NetworkConfig:
     """Sizes of one denoiser network; the defaults are the published 2B with image context.
 
     Widths are feature counts. `image_width` None means the network has no image context. `branches` is 1 for
-    a single control and 4 for the multi-control network. `control_every` counts base blocks per control block.
+    a single control, 4 for the multi-control network. `control_every` counts base blocks per control block.
     Raises ValueError when the sizes do not fit together.
     """
 
@@ -100,7 +100,7 @@ class NetworkConfig:
 
     @property
     def control_in(self) -> int:
-        """Features of one token before the control embedding: modality slots, condition mask, padding mask."""
+        """Features of one token before the control embedding: modality slots and the two masks."""
         return (self.latent_channels * self.control_modalities + 2) * PATCH * PATCH
 
     @property
@@ -126,10 +126,10 @@ class NetworkConfig:
     @classmethod
     def tiny(cls, **changes: Any) -> NetworkConfig:
         """A network of the same make that runs on a CPU in milliseconds; `changes` override any size."""
-        sizes: dict[str, Any] = dict(
-            width=256, heads=2, blocks=8, control_every=4, adaln_rank=32, text_width=256, text_dim=128,
-            text_tokens=32, image_width=64, image_tokens=16,
-        )  # fmt: skip
+        sizes: dict[str, Any] = {
+            "width": 256, "heads": 2, "blocks": 8, "control_every": 4, "adaln_rank": 32,
+            "text_width": 256, "text_dim": 128, "text_tokens": 32, "image_width": 64, "image_tokens": 16,
+        }  # fmt: skip
         return cls(**(sizes | changes))
 
     def to_json(self) -> str:
