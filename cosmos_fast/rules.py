@@ -25,7 +25,7 @@ MAX_TEXT_BYTES: Final = 1_000_000
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
 
 _ALIASES = {"blur": "vis", "segmentation": "seg", "canny": "edge", "steps": "num_steps"}
@@ -61,7 +61,7 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known)}."
 
 
-def explain(fault: Mapping[str, Any], known: Mapping[KeyPath, tuple[str, ...]]) -> tuple[KeyPath, str]:
+def explain(fault: Mapping[str, Any], known: Mapping[KeyPath, list[str]]) -> tuple[KeyPath, str]:
     """Key path and sentence of one pydantic error. `known` maps an object's path to the keys it may have."""
     path: KeyPath = tuple(fault["loc"])
     key, value = ".".join(map(str, path)), fault["input"]
@@ -133,6 +133,8 @@ def name(value: str) -> str:
         )
     if value.split(".")[0].lower() in _RESERVED:
         raise Rule("must not be a device name of Windows", f"Try '{value}-1'." if "." not in value else "")
+    if value.lower() == "run" or value.lower().endswith(".part"):
+        raise Rule("must not be 'run' or end in '.part', which the output folder uses itself")
     return value
 
 

@@ -151,10 +151,10 @@ class Spec(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            known = {
-                (): tuple(Spec.model_fields),
-                **{(key,): tuple(MODELS[key].model_fields) for key in CONTROLS},
+            known: dict[jsonc.KeyPath, list[str]] = {
+                (key,): list(MODELS[key].model_fields) for key in CONTROLS
             }
+            known[()] = list(Spec.model_fields)
             found += [rules.explain(fault, known) for fault in error.errors(include_url=False)]
         if found:
             raise _Faults(found)
@@ -180,9 +180,10 @@ class Spec(BaseModel):
     @property
     def segmentation_prompt(self) -> str | None:
         """Text for the on-the-fly segmentation control; None when seg is absent."""
-        if self.seg is None or self.seg.control_prompt is not None:
-            return self.seg and self.seg.control_prompt
-        return " ".join(self.prompt.split()[:CONTROL_PROMPT_WORDS])
+        if self.seg is None:
+            return None
+        words = self.prompt.split()[:CONTROL_PROMPT_WORDS]
+        return " ".join(words) if self.seg.control_prompt is None else self.seg.control_prompt
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -333,8 +334,7 @@ def load_valid_specs(
             try:
                 spec = _build(record, changes)
             except _Faults as faults:
-                in_order = sorted(faults.found, key=lambda problem: record.document.where(problem[0]))
-                for path, text in in_order:
+                for path, text in sorted(faults.found, key=lambda fault: record.document.where(fault[0])):
                     is_override = ".".join(map(str, path)) in changes or (path and path[0] in changes)
                     problems.append(f"override {text}" if is_override else f"{record.where(path)}: {text}")
                 continue
@@ -350,7 +350,7 @@ def load_valid_specs(
 
 def _stems(spec: Spec) -> list[str]:
     """Lower-case stems of the files a spec writes, so that `a_control_edge` cannot meet the edges of `a`."""
-    kinds = [f"{kind}_{control}" for control in spec.controls for kind in ("control", "mask")]
+    kinds = [f"{kind}_{control}" for control in CONTROLS for kind in ("control", "mask")]
     endings = ["", *(f"_{kind}" for kind in (*kinds, "mask_guided_generation", "side_by_side", "preview"))]
     return [spec.name.lower() + ending for ending in endings]
 
@@ -361,19 +361,15 @@ def _overrides(overrides: Mapping[str, Any], base: str) -> tuple[dict[str, Any],
     allowed += [f"{control}.{key}" for control in CONTROLS for key in MODELS[control].model_fields]
     given = {key: _rebase(key, value, base) for key, value in overrides.items() if value is not None}
     changes = {key: value for key, value in given.items() if key in allowed}
-    problems = [
-        f"override: unknown key {rules.shown(key)}. {rules.did_you_mean(key, allowed)}"
-        for key in given
-        if key not in allowed
-    ]
+    unknown = [key for key in given if key not in allowed]
+    problems = [f"override: unknown key '{key}'. {rules.did_you_mean(key, allowed)}" for key in unknown]
     if "prompt" in changes and "prompt_path" in changes:
         problems.append("override prompt: must not be set together with prompt_path, got both. Remove one.")
     return changes, problems
 
 
 def _rebase(key: str, value: Any, base: str) -> Any:
-    is_path = key.endswith(_PATH_ENDINGS) and rules.is_path(value)
-    return rules.local_path(value, base) if is_path else value
+    return rules.local_path(value, base) if key.endswith(_PATH_ENDINGS) and rules.is_path(value) else value
 
 
 def _build(record: jsonc.Record, changes: Mapping[str, Any]) -> Spec:

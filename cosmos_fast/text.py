@@ -60,8 +60,9 @@ class FileText:
             self.metadata: dict[str, str] = file.metadata() or {}
             self._keys = frozenset(file.keys())
             shapes = {tuple(file.get_slice(key).get_shape()) for key in self._keys}
-        if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or 0 in shape:
-            found = ", ".join(map(str, sorted(shapes))) or "none" if len(shapes) != 1 else str(shape)
+        shape = shapes.pop() if len(shapes) == 1 else ()
+        if len(shape) != 2 or 0 in shape:
+            found = shape or sorted(shapes) or "no tensors"
             raise CheckpointError(f"text: tensors in {self.path} must share one shape (S, E), got {found}.")
         self.tokens, self.width = int(shape[0]), int(shape[1])
 
@@ -80,10 +81,9 @@ class FileText:
             embeddings = [file.get_tensor(prompt_key(prompt)) for prompt in prompts]
         for prompt, embedding in zip(prompts, embeddings, strict=True):
             if not embedding.is_floating_point() or not bool(embedding.isfinite().all()):
-                raise CheckpointError(
-                    f"text: embeddings must be finite floats, got {embedding.dtype} with other values "
-                    f"for {prompt[:_SHOWN]!r} in {self.path}."
-                )
+                what = "infinities or NaN" if embedding.is_floating_point() else str(embedding.dtype)
+                rule = f"text: embeddings in {self.path} must be finite floats, got {what}"
+                raise CheckpointError(f"{rule} for {prompt[:_SHOWN]!r}.")
         return embeddings
 
 
@@ -208,7 +208,7 @@ class TinyText(nn.Module):
                 weight.normal_(0.0, fan_in**-0.5, generator=generator)
 
     def tokenize(self, prompt: str) -> Tensor:
-        """Bucket numbers (S,) int64 of the lower-case words and marks; 0 is padding, what exceeds S is cut."""
+        """Bucket numbers (S,) int64 of the lower-case words and marks; 0 pads, what exceeds S is cut."""
         found = _TOKEN.findall(prompt.lower())[: self.tokens]
         digests = (hashlib.blake2b(token.encode(), digest_size=8).digest() for token in found)
         buckets = [1 + int.from_bytes(digest, "big") % (self.vocabulary - 1) for digest in digests]
