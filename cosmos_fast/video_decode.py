@@ -1,0 +1,288 @@
+"""Decode one file frame by frame, counting damage, and turn any frame into upright 8-bit RGB.
+
+One demuxer, chosen from the content, opens this file and nothing else, whatever the file points to.
+Shape letters: H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from .formats import MediaError
+from .video_sniff import IMAGE_FORMATS, VIDEO_FORMATS
+
+FILTERS = {
+    "area": cv2.INTER_AREA,
+    "linear": cv2.INTER_LINEAR,
+    "nearest": cv2.INTER_NEAREST,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
+
+_HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
+_ATTACHED_PICTURE = 0x400
+# swscale knows these matrices by the same number as the H.273 tag; 6 is another name of 5 and 10 of 9.
+_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+_BT601, _LIMITED, _FULL = 5, 1, 2
+_RGB_FLAGS = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one input file may cost. The defaults hold 5,000 frames of 1080p."""
+
+    frames: int = 5000
+    side: int = 8192
+    """Largest width or height in pixels, coded or displayed."""
+    total_bytes: int = 40 * 10**9
+    """Largest width x height x 3 x frames."""
+
+    def check(self, path: Path, width: int, height: int, frames: int) -> None:
+        """Raise MediaError if `frames` frames of width x height are over a limit."""
+        if max(width, height) > self.side:
+            raise MediaError(f"{path}: sides must be at most {self.side} pixels, got {width}x{height}.")
+        if frames > self.frames:
+            raise MediaError(
+                f"{path}: must have at most {self.frames} frames, got {frames} or more. Cut the clip first."
+            )
+        total = width * height * 3 * frames
+        if total > self.total_bytes:
+            raise MediaError(
+                f"{path}: must decode to at most {self.total_bytes / 1e9:.3g} GB, got {total / 1e9:.3g} GB "
+                f"({frames} frames of {width}x{height}). Cut or shrink the clip first."
+            )
+
+
+NO_LIMITS = Limits(frames=10**9, side=1 << 20, total_bytes=1 << 62)
+"""For files this package has just written."""
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How decoded pixels become upright: transpose first, then mirror left-right and top-bottom."""
+
+    transpose: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    def apply(self, frame_HWC: np.ndarray) -> np.ndarray:
+        """Upright view of a frame; H and W swap if `transpose`."""
+        if self.transpose:
+            frame_HWC = frame_HWC.transpose(1, 0, 2)
+        return frame_HWC[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+
+    def __bool__(self) -> bool:
+        return self.transpose or self.mirror_x or self.mirror_y
+
+    def __str__(self) -> str:
+        turned = {(0, 1): "270", (1, 0): "90"} if self.transpose else {(1, 1): "180"}
+        angle = turned.get((int(self.mirror_x), int(self.mirror_y)))
+        return f"rotated by {angle} degrees clockwise" if angle else "mirrored"
+
+
+@dataclass
+class Decoder:
+    """One pass over the video stream of one file, tolerant of damage but counting it.
+
+    Iterating yields av.VideoFrame in display order. Close it, or use it as a context manager.
+    """
+
+    path: Path
+    demuxer: str
+    limits: Limits = field(default_factory=Limits)
+    packets: int = 0
+    """Packets handed to the decoder."""
+    errors: list[str] = field(default_factory=list)
+    """Packets that could not be read or decoded, one reason each."""
+
+    def __post_init__(self) -> None:
+        # `file:` and the white lists keep FFmpeg from following anything a file may point to.
+        options = {"protocol_whitelist": "file", "format_whitelist": self.demuxer}
+        if self.demuxer == "mov":
+            options |= {"enable_drefs": "0", "use_absolute_path": "0"}
+        try:
+            self.container = av.open(
+                f"file:{os.path.abspath(self.path)}",
+                format=self.demuxer,
+                options=options,
+                metadata_errors="replace",
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            name = (IMAGE_FORMATS | VIDEO_FORMATS)[self.demuxer]
+            hint = "The file may be cut off or still being written."
+            raise MediaError(
+                f"{self.path}: {name} must open, got 0 readable frames ({_reason(error)}). {hint}"
+            ) from None
+        try:
+            self._choose_stream()
+        except BaseException:
+            self.container.close()
+            raise
+
+    def _choose_stream(self) -> None:
+        streams = list(self.container.streams.video)
+        self.pictures = [s for s in streams if int(s.disposition) & _ATTACHED_PICTURE]
+        self.videos = [s for s in streams if s not in self.pictures]
+        if not self.videos:
+            others = (
+                ", ".join(sorted({s.type for s in self.container.streams if s not in streams}))
+                or "no streams"
+            )
+            others += " and cover art" if self.pictures else ""
+            raise MediaError(f"{self.path}: must have a video stream, got {others} only.")
+        self.stream = self.videos[0]
+        codec = self.stream.codec_context
+        if codec is None:
+            raise MediaError(
+                f"{self.path}: its video codec must be one this FFmpeg decodes, got an unknown one."
+            )
+        self.limits.check(self.path, codec.width, codec.height, max(self.frames_stated(), 1))
+        # Also holds where the bitstream is larger than the header said.
+        codec.options = {"max_pixels": str(min(self.limits.side**2, 2**31 - 1))}
+        codec.thread_type = "AUTO"
+
+    def frames_stated(self) -> int:
+        """Frames the header promises, 0 if it does not say; a Matroska header tells it as a duration."""
+        rate, duration = self.stream.average_rate, self.container.duration
+        if self.stream.frames or self.demuxer != "matroska" or not rate or not duration:
+            return self.stream.frames
+        return int(duration * rate.numerator / (rate.denominator * 10**6))
+
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:  # empty packets stand for "repeat" in AVI and for the end everywhere
+                    self.packets += 1
+                    yield from self._decode(packet)
+        except (av.FFmpegError, OSError) as error:
+            self.errors.append(_reason(error))
+        yield from self._decode(None)  # the frames the decoder still holds
+
+    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        try:
+            return self.stream.decode(packet)
+        except av.EOFError:
+            return []
+        except (av.FFmpegError, OSError) as error:
+            self.errors.append(_reason(error))
+            return []
+
+    def close(self) -> None:
+        self.container.close()
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def orientation_of(path: Path, frame: av.VideoFrame) -> Orientation:
+    """Orientation from a frame's display matrix; only right angles and mirrors are accepted."""
+    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    if data is None:
+        return Orientation()
+    # 16.16 fixed point: x' = a x + c y, y' = b x + d y, with y down.
+    a, b, _, c, d = (float(v) for v in np.frombuffer(bytes(data), "<i4")[:5])
+    small = 1e-3 * max(abs(a), abs(b), abs(c), abs(d), 1.0)
+    if abs(b) < small and abs(c) < small and a and d:
+        return Orientation(False, a < 0, d < 0)
+    if abs(a) < small and abs(d) < small and b and c:
+        return Orientation(True, c < 0, b < 0)
+    raise MediaError(
+        f"{path}: its display matrix must be a multiple of 90 degrees or a mirror, got {(a, b, c, d)}. "
+        "Re-encode the clip upright."
+    )
+
+
+def check_transfer(path: Path, transfer: int) -> None:
+    """Refuse HDR transfer curves: shown as SDR they would be wrong, not merely flat."""
+    if transfer in _HDR_TRANSFERS:
+        curve = _HDR_TRANSFERS[transfer]
+        raise MediaError(f"{path}: must be standard dynamic range, got {curve}. Tone-map it to BT.709 first.")
+
+
+def has_alpha(frame: av.VideoFrame) -> bool:
+    """Whether the pixel format can carry transparency (palettes can)."""
+    return frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+
+
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Whether any pixel of the frame is not opaque."""
+    return has_alpha(frame) and bool(
+        (VideoReformatter().reformat(frame, format="rgba").to_ndarray()[..., 3] < 255).any()
+    )
+
+
+def is_full_range(frame: av.VideoFrame) -> bool:
+    return frame.color_range == _FULL or frame.format.name.startswith("yuvj") or frame.format.is_rgb
+
+
+class RGBConverter:
+    """Turn decoded frames into upright uint8 RGB (H, W, 3) at one size.
+
+    The matrix and range tags of each frame are honoured; without a tag BT.601 limited range is read, as the
+    published system does. Transparency is laid over `background` (0 black, 255 white).
+    """
+
+    def __init__(
+        self, orientation: Orientation, size: tuple[int, int], filter: str = "area", background: int = 0
+    ) -> None:
+        self.orientation = orientation
+        self.size = size
+        self.filter = filter
+        self.background = background
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        alpha = has_alpha(frame)
+        source_range = _FULL if is_full_range(frame) else _LIMITED
+        out = self._reformatter.reformat(
+            frame,
+            format="rgba" if alpha else "rgb24",
+            src_colorspace=_MATRICES.get(frame.colorspace, _BT601),
+            src_color_range=source_range,
+            dst_color_range=_FULL,
+            interpolation=_RGB_FLAGS,
+        )
+        pixels = out.to_ndarray()
+        if alpha:
+            pixels = _over(pixels, self.background)
+        upright = np.ascontiguousarray(self.orientation.apply(pixels))
+        return resize_frame(upright, self.size, self.filter)
+
+
+def _over(pixels_HW4: np.ndarray, background: int) -> np.ndarray:
+    alpha = pixels_HW4[..., 3:].astype(np.uint16)
+    mixed = pixels_HW4[..., :3] * alpha + background * (255 - alpha) + 127
+    return (mixed // 255).astype(np.uint8)
+
+
+def resize_frame(frame_HWC: np.ndarray, size: tuple[int, int], filter: str) -> np.ndarray:
+    """One frame at size (width, height); the frame itself if it has that size already."""
+    if (frame_HWC.shape[1], frame_HWC.shape[0]) == tuple(size):
+        return frame_HWC
+    return cv2.resize(frame_HWC, tuple(size), interpolation=FILTERS[filter])
+
+
+def display_size(width: int, height: int, sar: Fraction, orientation: Orientation) -> tuple[int, int]:
+    """Upright size with square pixels: the coded width is scaled by the pixel aspect `sar`, then turned."""
+    width = max(1, int(width * sar + Fraction(1, 2)))
+    return (height, width) if orientation.transpose else (width, height)
+
+
+def even_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Largest (width, height) of even numbers within `size`, at least 2x2: what 4:2:0 video can hold."""
+    return max(2, size[0] // 2 * 2), max(2, size[1] // 2 * 2)

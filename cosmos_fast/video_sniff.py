@@ -1,0 +1,136 @@
+"""Say what a file really is, from its kind and first bytes, before any media library touches it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+from .formats import MediaError
+
+ACCEPTED = "a video (MP4, MOV, MKV, WebM, AVI, MPEG-TS) or an image (PNG, JPEG, GIF)"
+IMAGE_FORMATS = {"png_pipe": "PNG", "jpeg_pipe": "JPEG", "gif": "GIF"}
+VIDEO_FORMATS = {"mov": "MP4/MOV", "matroska": "Matroska/WebM", "avi": "AVI", "mpegts": "MPEG-TS"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts"}
+
+_SNIFF_BYTES = 4096
+_MOV_ATOMS = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
+_FOREIGN = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git-LFS pointer",
+        "Run `git lfs pull` to get the real file.",
+    ),
+    (b"#EXTM3U", "a playlist (M3U)", "Give the media file itself."),
+    (b"ffconcat version", "a concat script", "Give the media file itself."),
+    (b"v=0\r\n", "a streaming description (SDP)", "Give the media file itself."),
+    (b"v=0\n", "a streaming description (SDP)", "Give the media file itself."),
+    (b"<?xml", "an XML document", ""),
+    (b"PK\x03\x04", "a ZIP archive", "Unpack it first."),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+    (b"%PDF", "a PDF document", ""),
+    (b"\x93NUMPY", "a NumPy array", ""),
+    (b"\x80\x04\x95", "a Python pickle", ""),
+    (b"OggS", "an Ogg file", "Convert it to MP4 first."),
+    (b"fLaC", "a FLAC audio file", ""),
+    (b"ID3", "an MP3 audio file", ""),
+    (b"BM", "a BMP image", "Convert it to PNG first."),
+    (b"II*\x00", "a TIFF image", "Convert it to PNG first."),
+    (b"MM\x00*", "a TIFF image", "Convert it to PNG first."),
+)
+
+
+def stat_regular(path: Path) -> os.stat_result:
+    """Stat of a regular, non-empty file, without opening it; anything else is a MediaError."""
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise MediaError(
+                f"{path}: must exist, got a link to {os.readlink(path)}, which does not."
+            ) from None
+        raise MediaError(f"{path}: must exist, got no such file.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"{str(path)[:200]!r}: must be readable, got: {reason}.") from None
+    kinds = (
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    for is_kind, name in kinds:
+        if is_kind(info.st_mode):
+            raise MediaError(f"{path}: must be a regular file, got {name}.")
+    if info.st_size == 0:
+        raise MediaError(f"{path}: must be {ACCEPTED}, got an empty file.")
+    return info
+
+
+def sniff(path: Path) -> str:
+    """Name of the one demuxer that may read this file, chosen from its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_SNIFF_BYTES)
+    except OSError as error:
+        raise MediaError(f"{path}: must be readable, got: {error.strerror}.") from None
+    demuxer = _demuxer(head)
+    if demuxer is None:
+        content, hint = _foreign(head)
+        raise MediaError(f"{path}: must be {ACCEPTED}, got {content}. {hint}".rstrip())
+    suffix = path.suffix.lower()
+    is_image = demuxer in IMAGE_FORMATS
+    if suffix in (VIDEO_SUFFIXES if is_image else IMAGE_SUFFIXES):
+        content = (IMAGE_FORMATS | VIDEO_FORMATS)[demuxer]
+        raise MediaError(
+            f"{path}: content must fit the name, got {content} content named {suffix}. "
+            "Rename or replace the file."
+        )
+    return demuxer
+
+
+def _demuxer(head: bytes) -> str | None:
+    if head[4:8] in _MOV_ATOMS:
+        return "mov" if head[8:12] not in (b"heic", b"avif", b"mif1") else None
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+        return "avi"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png_pipe"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg_pipe"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
+        return "mpegts"
+    return None
+
+
+def _foreign(head: bytes) -> tuple[str, str]:
+    for magic, content, hint in _FOREIGN:
+        if head.startswith(magic):
+            return content, hint
+    if head.startswith(b"RIFF"):
+        return f"a RIFF file of type {head[8:12].decode('ascii', 'replace').strip()}", "Convert it first."
+    if head[4:8] == b"ftyp":
+        return "a HEIF/AVIF image", "Convert it to PNG first."
+    if not head.strip(b"\0"):
+        return "only zero bytes", "The copy or download did not finish."
+    try:
+        text = head.decode("utf-8-sig", "strict" if len(head) < _SNIFF_BYTES else "ignore")
+    except UnicodeDecodeError:
+        return "content of an unknown kind", ""
+    if any(ord(letter) < 9 for letter in text):
+        return "content of an unknown kind", ""
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            json.loads(text)
+        except ValueError:
+            if len(head) < _SNIFF_BYTES:
+                return "a text file", ""
+        return "a JSON file", ""
+    return "a text file", ""

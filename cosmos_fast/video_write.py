@@ -1,0 +1,276 @@
+"""Write clips and images so that a file under its final name is always complete.
+
+A clip grows under `<stem>.part<suffix>`. On close it is reopened, every frame is decoded and counted, size
+and rate are compared, it is flushed to disk and only then renamed. A killed process leaves at most the part
+file, which the next writer of that name removes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from .formats import EnvironmentProblem, MediaError
+from .video_decode import NO_LIMITS, Decoder, even_size
+
+_BT709, _LIMITED, _FULL = 1, 1, 2
+_YUV_FLAGS = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+_IMAGE_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class _Codec:
+    pixel_format: str
+    suffixes: tuple[str, ...]
+    options: tuple[tuple[str, str], ...] = ()
+    lossless: bool = False
+
+
+CODECS = {
+    "libx264": _Codec("yuv420p", (".mp4", ".mov", ".mkv"), (("profile", "high"),)),
+    "libsvtav1": _Codec("yuv420p", (".mp4", ".mkv"), (("preset", "8"),)),
+    "ffv1": _Codec("bgr0", (".mkv",), (("level", "3"),), lossless=True),
+    "libx265": _Codec("yuv420p", (".mp4", ".mov", ".mkv"), (("x265-params", "log-level=none"),)),
+}
+"""Encoders a Writer accepts; ffv1 keeps RGB exactly, the others are 4:2:0."""
+
+
+def bit_rate(size: tuple[int, int], fps: Fraction) -> int:
+    """Bits per second: 8 Mbit/s or 0.1 bit per pixel, whichever is more."""
+    return max(8_000_000, int(size[0] * size[1] * fps / 10))
+
+
+class Writer:
+    """Encode frames to `path` at exactly `fps`; the name appears only when `close` has checked the file.
+
+    size: (width, height), both even (see `even_size`). fps: int or Fraction. codec: a key of CODECS.
+    Leaving the `with` block closes, or aborts if an exception passes through.
+    Raises MediaError for a request that cannot be written, EnvironmentProblem for what the machine lacks.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: tuple[int, int],
+        fps: Fraction | int,
+        *,
+        codec: str = "libx264",
+    ) -> None:
+        self.path = Path(path)
+        self.size = (int(size[0]), int(size[1]))
+        self.codec = codec
+        self.frames = 0
+        self._container: Any = None
+        if codec not in CODECS:
+            raise MediaError(f"Writer: codec must be one of {', '.join(CODECS)}, got {codec!r}.")
+        if not isinstance(fps, (int, Fraction)) or not 0 < fps <= 1000:
+            raise MediaError(f"Writer: fps must be an int or Fraction above 0 and at most 1000, got {fps!r}.")
+        self.fps = Fraction(fps)
+        if even_size(self.size) != self.size:
+            raise MediaError(
+                f"Writer: width and height must be even, got {size[0]}x{size[1]}. Use even_size."
+            )
+        if self.path.suffix.lower() not in CODECS[codec].suffixes:
+            allowed = ", ".join(CODECS[codec].suffixes)
+            raise MediaError(f"{self.path}: {codec} must be written to {allowed}, got {self.path.suffix!r}.")
+        _check_encoder(codec)
+        self._part = _part_of(self.path)
+        self._reformatter = VideoReformatter()
+        try:
+            self._open()
+        except (av.FFmpegError, OSError, ValueError) as error:
+            self.abort()
+            raise EnvironmentProblem(f"{self.path}: must be writable with {codec}, got: {error}.") from error
+
+    def _open(self) -> None:
+        spec = CODECS[self.codec]
+        container_format = {".mkv": "matroska", ".mov": "mov"}.get(self.path.suffix.lower(), "mp4")
+        self._container = av.open(f"file:{os.path.abspath(self._part)}", "w", format=container_format)
+        stream = self._container.add_stream(self.codec, rate=self.fps)
+        stream.width, stream.height = self.size
+        stream.pix_fmt = spec.pixel_format
+        codec = stream.codec_context
+        codec.time_base = 1 / self.fps
+        options = dict(spec.options)
+        if not spec.lossless:
+            codec.bit_rate = bit_rate(self.size, self.fps)
+            if self.codec == "libx264":
+                options["bufsize"] = str(2 * codec.bit_rate)
+            codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
+            codec.color_range = _LIMITED
+        codec.options = options
+        if self.codec == "libsvtav1":
+            os.environ.setdefault("SVT_LOG", "1")  # the encoder prints 20 lines a clip to stderr otherwise
+        codec.open()  # a size or rate the encoder refuses fails here, before any frame is made
+        self._stream = stream
+
+    def write(self, frames_FHW3: np.ndarray) -> None:
+        """Append frames, uint8 RGB (F, H, W, 3) or one frame (H, W, 3), at the writer's size."""
+        if self._container is None:
+            raise MediaError(f"{self.path}: frames must come before close, got a closed writer.")
+        if frames_FHW3.ndim == 3:
+            frames_FHW3 = frames_FHW3[None]
+        width, height = self.size
+        if frames_FHW3.dtype != np.uint8 or frames_FHW3.shape[1:] != (height, width, 3):
+            raise MediaError(
+                f"{self.path}: frames must be (F, {height}, {width}, 3) uint8, "
+                f"got {frames_FHW3.shape} {frames_FHW3.dtype}."
+            )
+        try:
+            for frame_HW3 in frames_FHW3:
+                self._container.mux(self._stream.encode(self._encodable(frame_HW3)))
+                self.frames += 1
+        except (av.FFmpegError, OSError) as error:
+            self.abort()
+            raise EnvironmentProblem(f"{self.path}: must be writable, got: {error}.") from error
+
+    def _encodable(self, frame_HW3: np.ndarray) -> av.VideoFrame:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), "rgb24")
+        spec = CODECS[self.codec]
+        if spec.lossless:
+            frame = self._reformatter.reformat(frame, format=spec.pixel_format)
+        else:
+            frame = self._reformatter.reformat(
+                frame,
+                format=spec.pixel_format,
+                dst_colorspace=_BT709,
+                src_color_range=_FULL,
+                dst_color_range=_LIMITED,
+                interpolation=_YUV_FLAGS,
+            )
+            frame.colorspace, frame.color_range = _BT709, _LIMITED
+        frame.pts = self.frames
+        frame.time_base = 1 / self.fps
+        return frame
+
+    def close(self) -> None:
+        """Finish, check and publish the file. A second call does nothing."""
+        if self._container is None:
+            return
+        try:
+            if self.frames == 0:
+                raise MediaError(f"{self.path}: a video must have frames, got none written.")
+            try:
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
+                self._container = None
+                self._verify()
+                _publish(self._part, self.path)
+            except (av.FFmpegError, OSError) as error:
+                raise EnvironmentProblem(f"{self.path}: must be writable, got: {error}.") from error
+        except BaseException:
+            self.abort()
+            raise
+
+    def _verify(self) -> None:
+        """Decode the finished part and compare it with what was written."""
+        demuxer = "matroska" if self.path.suffix.lower() == ".mkv" else "mov"
+        try:
+            with Decoder(self._part, demuxer, NO_LIMITS) as decoder:
+                sizes = {(frame.width, frame.height) for frame in decoder if not frame.is_corrupt}
+                frames = decoder.packets if not decoder.errors else -1
+                rate = decoder.stream.average_rate
+                fps = Fraction(rate.numerator, rate.denominator) if rate else Fraction(0)
+        except MediaError as error:
+            raise EnvironmentProblem(
+                f"{self.path}: the written file must open again, got: {error}"
+            ) from error
+        close = abs(fps / self.fps - 1) < (Fraction(1, 1000) if demuxer == "matroska" else Fraction(1, 10**9))
+        if frames != self.frames or sizes != {self.size} or not close:
+            raise EnvironmentProblem(
+                f"{self.path}: the written file must have {self.frames} frames of {self.size} at {self.fps}, "
+                f"got {frames} of {sorted(sizes)} at {fps}."
+            )
+
+    def abort(self) -> None:
+        """Drop everything written so far; the final name is left as it was."""
+        container, self._container = self._container, None
+        if container is not None:
+            try:
+                container.close()
+            except (av.FFmpegError, OSError):
+                pass  # the file is thrown away
+        if getattr(self, "_part", None) is not None:
+            self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.close() if kind is None else self.abort()
+
+
+def write_image(path: str | os.PathLike[str], frame_HW3: np.ndarray) -> None:
+    """Write one uint8 RGB frame (H, W, 3) as JPEG (quality 85) or PNG, by suffix; complete or not at all."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".jpg", ".jpeg", ".png"):
+        raise MediaError(f"{path}: an image must be .jpg, .jpeg or .png, got {path.suffix!r}.")
+    if frame_HW3.dtype != np.uint8 or frame_HW3.ndim != 3 or frame_HW3.shape[2] != 3 or 0 in frame_HW3.shape:
+        raise MediaError(f"{path}: a frame must be (H, W, 3) uint8, got {frame_HW3.shape} {frame_HW3.dtype}.")
+    parameters = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, _IMAGE_QUALITY]
+    done, data = cv2.imencode(suffix, cv2.cvtColor(frame_HW3, cv2.COLOR_RGB2BGR), parameters)
+    if not done:
+        raise EnvironmentProblem(f"{path}: OpenCV must encode {suffix}, got a refusal.")
+    part = _part_of(path)
+    try:
+        part.write_bytes(data.tobytes())
+        _publish(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise EnvironmentProblem(f"{path}: must be writable, got: {error}.") from error
+
+
+def _part_of(path: Path) -> Path:
+    """The part file's path, with anything left there by a killed run removed; links are refused."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    if not path.parent.is_dir():
+        raise MediaError(f"{path}: its folder must exist, got none.")
+    for place in (path, part):
+        if place.is_symlink():
+            raise MediaError(f"{place}: an output must not be a link, got one to {os.readlink(place)}.")
+        if place.exists() and not place.is_file():
+            raise MediaError(f"{place}: an output must be a regular file, got something else there.")
+    try:
+        part.unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"{part}: must be removable, got: {error.strerror}.") from error
+    return part
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Flush `part` to disk, give it its final name, and flush the folder."""
+    for place in (part, None):
+        if place is None:
+            os.replace(part, path)
+        descriptor = os.open(place or path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_encoder(name: str) -> None:
+    try:
+        av.codec.Codec(name, "w")
+    except ValueError:
+        others = ", ".join(other for other in CODECS if other != name and _has_encoder(other)) or "none"
+        raise EnvironmentProblem(
+            f"Writer: codec {name} must be in this PyAV's FFmpeg, got no such encoder. Available: {others}."
+        ) from None
+
+
+def _has_encoder(name: str) -> bool:
+    try:
+        av.codec.Codec(name, "w")
+    except ValueError:
+        return False
+    return True
