@@ -137,6 +137,11 @@ def test_seed_chain_of_the_specification_table():
     assert c.seed_chain(1234, 6) == [815965, 480968, 596503, 898338, 608448, 477153]
 
 
+def test_both_ends_of_the_seed_range_are_drawn():
+    assert c.seed_chain(581867, 1) == [0]
+    assert c.seed_chain(3192120, 1) == [1_000_000]
+
+
 @given(st.integers(-(2**40), 2**40), st.integers(0, 4))
 def test_seed_chain_is_a_chain_and_leaves_global_randomness_alone(seed, n):
     before = random.getstate()
@@ -343,7 +348,7 @@ def test_guided_map_refuses_raw_bytes():
 
 def test_label_mask_keeps_the_named_labels(tmp_path):
     path = tmp_path / "labels.npz"
-    labels = np.array([[[0, 1, 2], [3, 300, 0]]])
+    labels = np.array([[[0, 1, 2], [-3, 300, 0]]])
     np.savez(path, labels)
     every, some = c.read_label_mask(path), c.read_label_mask(path, [2, 300])
     assert every.dtype == some.dtype == np.uint8

@@ -129,6 +129,16 @@ def test_vis_leaves_a_flat_clip_flat():
         assert np.array_equal(c.vis(frames, preset), frames)
 
 
+def test_bicubic_overshoot_is_cut_not_wrapped():
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    frames[:, :, 32:] = 255
+    out = c.vis(frames, "very_low")
+    assert np.array_equal(out, blur_step_by_step(frames, *BLUR["very_low"]))
+    assert (np.diff(out[0, 32, :, 0].astype(int)) >= -8).all(), (
+        "a rising step must not fall from white to black"
+    )
+
+
 def detail(frames):
     return sum(np.abs(np.diff(frames.astype(int), axis=axis)).sum() for axis in (1, 2))
 
