@@ -36,7 +36,9 @@ def cuda_problem() -> str | None:
         return "nvcc not found; set CUDA_HOME"
     with tempfile.TemporaryDirectory() as tmp:
         Path(tmp, "t.cu").write_text("int main() { return cudaFree(0) != cudaSuccess; }\n")
-        link = subprocess.run([nvcc, "-cudart", "shared", "-o", f"{tmp}/t", f"{tmp}/t.cu"], capture_output=True)
+        link = subprocess.run(
+            [nvcc, "-cudart", "shared", "-o", f"{tmp}/t", f"{tmp}/t.cu"], capture_output=True
+        )
     return None if link.returncode == 0 else f"{nvcc} cannot link libcudart; set CUDA_HOME"
 
 

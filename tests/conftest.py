@@ -1,0 +1,47 @@
+"""Seeds, the device fixture, and the reasons why a marked test cannot run on this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _obstacle(item: pytest.Item) -> str | None:
+    marks = {mark.name for mark in item.iter_markers()}
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if "multigpu" in marks and _gpus() < 2:
+        return f"needs two CUDA devices, this machine has {_gpus()}"
+    if "gpu" in marks and _gpus() < 1:
+        return "needs a CUDA device, this machine has none"
+    if "interpret" in marks and not interpreted:
+        return "needs TRITON_INTERPRET=1 before Triton is imported (make test-interpret)"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = _obstacle(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """cuda in tests marked gpu or multigpu, cpu in all others."""
+    on_gpu = any(request.node.get_closest_marker(name) for name in ("gpu", "multigpu"))
+    return torch.device("cuda" if on_gpu else "cpu")
