@@ -150,25 +150,22 @@ def unipc_coefficients(schedule: Schedule) -> list[StepCoefficients]:
     The first and last predictors are of order 1, and a corrector has the order of the predictor before it.
     """
     check_kind("unipc_coefficients", schedule, "base")
-    sigmas, n = schedule.sigmas, schedule.steps
+    sigmas = schedule.sigmas
     lam = [math.log((1 - s) / s) for s in sigmas[:-1]]
-    order = [min(2, n - i, i + 1) for i in range(n)]
     return [
-        StepCoefficients(sigmas[i], *_corrector(sigmas, lam, order, i), *_predictor(sigmas, lam, order, i))
-        for i in range(n)
+        StepCoefficients(sigmas[i], *_corrector(sigmas, lam, i), *_predictor(sigmas, lam, i))
+        for i in range(schedule.steps)
     ]
 
 
-def _corrector(
-    sigmas: Sequence[float], lam: list[float], order: list[int], i: int
-) -> tuple[float, float, float, float]:
+def _corrector(sigmas: Sequence[float], lam: list[float], i: int) -> tuple[float, float, float, float]:
     """Factors on (last, m, m1, m2) that redo the step i-1 -> i, knowing m."""
     if i == 0:
         return 1.0, 0.0, 0.0, 0.0  # nothing to correct; the loop passes last = x
     h = lam[i] - lam[i - 1]
     e = math.expm1(-h)
     gain, keep = -(1 - sigmas[i]) * e, sigmas[i] / sigmas[i - 1]
-    if order[i - 1] == 1:
+    if i == 1:
         return keep, gain / 2, gain / 2, 0.0
     r = (lam[i - 2] - lam[i - 1]) / h
     k1 = -e / h - 1
@@ -179,15 +176,13 @@ def _corrector(
     return keep, gain * rho2, gain * (1 - rho1 / r - rho2), gain * rho1 / r
 
 
-def _predictor(
-    sigmas: Sequence[float], lam: list[float], order: list[int], i: int
-) -> tuple[float, float, float]:
+def _predictor(sigmas: Sequence[float], lam: list[float], i: int) -> tuple[float, float, float]:
     """Factors on (corrected, m, m1) of the step i -> i+1."""
     if sigmas[i + 1] == 0:
         return 0.0, 1.0, 0.0  # lambda is infinite: the result is m, exactly
     h = lam[i + 1] - lam[i]
     gain, keep = -(1 - sigmas[i + 1]) * math.expm1(-h), sigmas[i + 1] / sigmas[i]
-    if order[i] == 1:
+    if i == 0:
         return keep, gain, 0.0
     r = (lam[i - 1] - lam[i]) / h
     return keep, gain * (1 - 0.5 / r), gain * 0.5 / r

@@ -69,6 +69,25 @@ def test_distilled_equals_its_rectified_flow_form(steps: int, n_known: int) -> N
     assert all(torch.equal(z[:, :, :n_known], gt) for z in seen)
 
 
+def test_distilled_state_is_rounded_to_fp32_before_every_step() -> None:
+    """Bit for bit in the trigonometric form; an unrounded state differs in the last place."""
+    noise, schedule = randn(0), distilled_schedule(4)
+
+    def expected(rounded: bool) -> Tensor:
+        x = noise.double()
+        for step, (angle, lower) in enumerate(itertools.pairwise(schedule.angles)):
+            x32 = x.float().double() if rounded else x
+            q = math.cos(angle) + math.sin(angle)
+            f = toy_velocity((x32 / q).float(), step).double()
+            x0 = x32 / q - math.sin(angle) / q * f
+            x = math.cos(lower) * x0 + math.sin(lower) * noise.double() if lower > 0 else x0
+        return x.float()
+
+    result = sample_distilled(toy_velocity, noise, schedule, dtype=FP32)
+    assert (result != expected(rounded=True)).float().mean() < 0.01  # fp64 rounding may flip a tie
+    assert (result != expected(rounded=False)).float().mean() > 0.1
+
+
 def test_distilled_with_one_step_is_one_prediction_from_pure_noise() -> None:
     noise, v = randn(0), randn(1)
     seen: list[Tensor] = []
