@@ -1,0 +1,97 @@
+"""What a clip costs: FLOP of a network call and of the VAE, parameters, and an estimate of peak memory.
+
+FLOP count two per multiply-add, matrix products and convolutions only. Letters: L tokens, D width, S text
+tokens, T latent frames. Standard library only; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from .config import NetworkConfig, published_shapes
+from .formats import PATCH, SPATIAL, TEMPORAL
+from .recipe import Plan, Recipe
+
+VAE_PARAMETERS = 126_892_531
+_VAE_PIXELS = 704 * 1280  # the size at which the constants below were counted
+_VAE_MID_WIDTH = 384
+# Convolutions in TFLOP at that size: of the first latent frame, and of each further one (4 video frames).
+_VAE_ENCODE = (5.995, 18.033)
+_VAE_DECODE = (9.685, 30.440)
+# Live bytes in bf16 at that size, GiB: constant part (caches, one frame's tensors), and per frame encoded at
+# once or per latent frame decoded at once. A line through 6.4, 9.0, 14.1, 24.5 (windows 4, 8, 16, 32) and
+# 8.6, 12.8, 21.1, 37.7 (1, 2, 4, 8).
+_VAE_ENCODE_GIB = (3.80, 0.645)
+_VAE_DECODE_GIB = (4.45, 4.15)
+
+MEMORY_FORMULA = (
+    "estimate, not a measurement: weights (network + VAE) + the largest of "
+    "denoise = (3 + 2 * mlp_ratio + control blocks) * L * D + 2 prompts, "
+    "encode = 3.80 + 0.645 * window GiB, decode = 4.45 + 4.15 * window GiB "
+    "(VAE in bf16 at 704x1280, in proportion to pixels; twice as much in fp32)"
+)
+
+
+def tokens(frames: int, width: int, height: int) -> int:
+    """Tokens L of one chunk of `frames` video frames at width x height pixels."""
+    latent_frames = 1 + (frames - 1) // TEMPORAL
+    return latent_frames * (width // (SPATIAL * PATCH)) * (height // (SPATIAL * PATCH))
+
+
+def network_flop(length: int, config: NetworkConfig, active: int = 1) -> float:
+    """FLOP of one denoiser call on `length` tokens with `active` control branches."""
+    n, d = float(length), float(config.width)
+    block = 8 * n * d * d + 4 * n * n * d  # self-attention: projections, then scores and sums
+    block += 4 * n * d * d + 4 * n * config.text_tokens * d + 4 * config.text_tokens * config.text_dim * d
+    if config.image_width is not None:
+        block += 2 * n * d * d + 4 * n * config.image_tokens * d + 4 * config.image_tokens * d * d
+    block += 4 * config.mlp_ratio * n * d * d
+    block += (
+        3 * 2 * (d * config.adaln_rank + config.adaln_rank * 3 * d)
+    )  # modulation, per latent frame: small
+    branch = config.num_control_blocks * (block + 2 * n * d * d) + 2 * n * d * d
+    ends = 2 * n * d * (config.patch_in + active * config.control_in + config.patch_out)
+    ends += 2.0 * config.text_tokens * config.text_width * config.text_dim
+    return config.blocks * block + active * branch + ends
+
+
+def vae_encode_flop(frames: int, width: int, height: int) -> float:
+    """FLOP to encode `frames` video frames with the published VAE."""
+    return _vae_flop(_VAE_ENCODE, frames, width, height)
+
+
+def vae_decode_flop(frames: int, width: int, height: int) -> float:
+    """FLOP to decode the latents of `frames` video frames with the published VAE."""
+    return _vae_flop(_VAE_DECODE, frames, width, height)
+
+
+def _vae_flop(counted: tuple[float, float], frames: int, width: int, height: int) -> float:
+    steps = (frames - 1) // TEMPORAL
+    positions = (width // SPATIAL) * (height // SPATIAL)
+    attention = 4.0 * positions**2 * _VAE_MID_WIDTH * (1 + steps)  # the middle block attends within a frame
+    return (counted[0] + steps * counted[1]) * 1e12 * width * height / _VAE_PIXELS + attention
+
+
+def parameters(config: NetworkConfig) -> int:
+    """Parameters of one network, all its control branches included."""
+    return sum(prod(shape) for shape in published_shapes(config).values())
+
+
+def memory_bytes(
+    config: NetworkConfig, recipe: Recipe, plan: Plan, frames: int, width: int, height: int
+) -> dict[str, int]:
+    """Estimated device bytes: "weights", then for each stage the peak with weights. See MEMORY_FORMULA."""
+    size = 4 if recipe.dtype == "fp32" else 2
+    weights = (parameters(config) + VAE_PARAMETERS) * size
+    live = 3 + 2 * config.mlp_ratio + config.num_control_blocks
+    denoise = live * tokens(frames, width, height) * config.width * size
+    denoise += 2 * config.text_tokens * config.text_width * size
+    scale = width * height / _VAE_PIXELS * size / 2 * 2**30
+    encode_window = min(plan.vae_encode_window, frames - 1)
+    decode_window = min(plan.vae_decode_window, 1 + (frames - 1) // TEMPORAL)
+    return {
+        "weights": weights,
+        "encode": weights + int(scale * (_VAE_ENCODE_GIB[0] + _VAE_ENCODE_GIB[1] * encode_window)),
+        "denoise": weights + denoise,
+        "decode": weights + int(scale * (_VAE_DECODE_GIB[0] + _VAE_DECODE_GIB[1] * decode_window)),
+    }
