@@ -39,7 +39,7 @@ from cosmos_fast.network_keys import (
     to_published,
 )
 from cosmos_fast.safetensors_file import LazyTensor, write_safetensors
-from cosmos_fast.vae_keys import diffusers_vae_keys, vae_layout
+from cosmos_fast.vae_keys import VAEConfig, diffusers_vae_keys, vae_layout
 from cosmos_fast.weight_file import open_tensors
 
 __all__ = [
@@ -210,7 +210,10 @@ def _assemble(
 def load_vae_state(
     path: str | Path, dtype: torch.dtype | None = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Load the video VAE from tokenizer.pth, safetensors or a diffusers folder: published name -> tensor."""
+    """Load the video VAE from tokenizer.pth, safetensors or a diffusers folder: published name -> tensor.
+
+    Its width is that of `encoder.conv1.weight`: `VAEConfig(base=state["encoder.conv1.weight"].shape[0])`.
+    """
     where, tensors = _open_vae(Path(path))
     return {
         name: checked(where, name, t, True).load().to(device, dtype or t.dtype, copy=True)
@@ -224,16 +227,14 @@ def _open_vae(path: Path) -> tuple[str, dict[str, LazyTensor]]:
     first = next(
         (tensors[n] for n in ("encoder.conv1.weight", "encoder.conv_in.weight") if n in tensors), None
     )
-    last = next((tensors[n] for n in ("conv2.weight", "post_quant_conv.weight") if n in tensors), None)
-    if first is None or last is None or not first.shape or not last.shape:
+    if first is None or not first.shape:
         what = looks_like(clean(file).tensors) or "a Cosmos-Transfer2.5 denoiser"
         raise CheckpointError(f"{where}: must be the Wan 2.1 video VAE, got {what}.")
-    base, latent = first.shape[0], last.shape[0]
+    config = VAEConfig(base=first.shape[0])
     if "encoder.conv_in.weight" in tensors:
-        names = diffusers_vae_keys(base=base, latent_channels=latent)
+        names = diffusers_vae_keys(config)
         tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_names(where, shapes, vae_layout(base=base, latent_channels=latent))
+    check_names(where, {name: tensor.shape for name, tensor in tensors.items()}, vae_layout(config))
     return where, tensors
 
 

@@ -114,11 +114,12 @@ def to_ours(
     published: Source,
     config: NetworkConfig,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Pack published tensors (names after `net.`, lazy or not) into new tensors of ours.
 
-    `dtype` None keeps the dtype of the file. Raises CheckpointError unless names and shapes fit `config`.
+    `dtype` None keeps the dtype of the source, `device` None its device (lazy tensors: the CPU). Raises
+    CheckpointError unless names and shapes fit `config`.
     """
     check_names(
         "checkpoint", {name: tuple(t.shape) for name, t in published.items()}, published_shapes(config)
@@ -128,7 +129,8 @@ def to_ours(
     for entry in layout(config):
         source = published[entry.published]
         if entry.ours not in state:
-            state[entry.ours] = torch.empty(shapes[entry.ours], dtype=dtype or source.dtype, device=device)
+            place = device or (source.device if isinstance(source, Tensor) else "cpu")
+            state[entry.ours] = torch.empty(shapes[entry.ours], dtype=dtype or source.dtype, device=place)
         value = source.load() if isinstance(source, LazyTensor) else source
         pieces = state[entry.ours].view(entry.parts, *source.shape)
         pieces[entry.part or 0].copy_(value)

@@ -81,7 +81,7 @@ def open_safetensors(path: Path) -> TensorFile:
             f"{path}: is {kind}: tensors need {at} bytes, got {size - 8 - length}. Download it again."
         )
     raw = map_file(path)
-    tensors = {name: _span_tensor(raw, 8 + length, *rest) for name, *rest in spans}
+    tensors = {span[0]: _span_tensor(raw, 8 + length, *span[1:]) for span in spans}
     return TensorFile(path, "safetensors", tensors, (), dict(metadata))
 
 

@@ -1,0 +1,373 @@
+"""Published models by id: where they are, at which revision, and how to get them onto this disk."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from cosmos_fast.formats import CONTROLS, CheckpointError, EnvironmentProblem
+
+TRANSFER: Final = "nvidia/Cosmos-Transfer2.5-2B"
+PREDICT: Final = "nvidia/Cosmos-Predict2.5-2B"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published file: `file` within `repo` at the pinned `revision`. `note` is for the user."""
+
+    name: str
+    uuid: str
+    repo: str
+    file: str
+    revision: str
+    note: str = ""
+
+
+def _network(name: str, folder: str, uuid: str, revision: str, note: str = "") -> Published:
+    return Published(name, uuid, TRANSFER, f"{folder}/{uuid}_ema_bf16.pt", revision, note)
+
+
+_OLDER: Final = "bd963eabcfc2d61dc4ea365cacf41d45ac480aa5"
+_OLDER_NOTE: Final = "first release, without image context; kept for comparison"
+
+PUBLISHED: Final[tuple[Published, ...]] = (
+    _network(
+        "edge",
+        "general/edge",
+        "61f5694b-0ad5-4ecd-8ad7-c8545627d125",
+        "b67b64abda3801a9aceddbff2bdb86126c06db74",
+    ),
+    _network(
+        "vis",
+        "general/blur",
+        "ba2f44f2-c726-4fe7-949f-597069d9b91c",
+        "eb5325b77d358944da58a690157dd2b8071bbf85",
+    ),
+    _network(
+        "depth",
+        "general/depth",
+        "626e6618-bfcd-4d9a-a077-1409e2ce353f",
+        "dea7737ca29dd8d9086413c6dc5724b8250a0bb4",
+    ),
+    _network(
+        "seg",
+        "general/seg",
+        "5136ef49-6d8d-42e8-8abf-7dac722a304a",
+        "23057a4167b89de89a4a397fdbf3887994d115eb",
+    ),
+    _network(
+        "edge/distilled",
+        "distilled/general/edge",
+        "41f07f13-f2e4-4e34-ba4c-86f595acbc20",
+        "bbaeedb2b57cc8b14a44653099e2551adb69dcc7",
+        "few-step network: 4 steps, no guidance, no image context",
+    ),
+    _network("edge/older", "general/edge", "ecd0ba00-d598-4f94-aa09-e8627899c431", _OLDER, _OLDER_NOTE),
+    _network("vis/older", "general/blur", "20d9fd0b-af4c-4cca-ad0b-f9b45f0805f1", _OLDER, _OLDER_NOTE),
+    _network("depth/older", "general/depth", "0f214f66-ae98-43cf-ab25-d65d09a7e68f", _OLDER, _OLDER_NOTE),
+    _network("seg/older", "general/seg", "fcab44fe-6fe7-492e-b9c6-67ef8c1a52ab", _OLDER, _OLDER_NOTE),
+    Published(
+        "vae",
+        "685afcaa-4de2-42fe-b7b9-69f7a2dee4d8",
+        PREDICT,
+        "tokenizer.pth",
+        "f176dc95b4a70f53ce01c4b302851595e7322b00",
+        "Wan 2.1 video VAE",
+    ),
+)
+MULTI: Final = "multi"
+"""Id of the multi-control network, which is assembled from the four single-control files."""
+
+_BY_ID: Final = {key: item for item in PUBLISHED for key in (item.name, item.uuid)} | {
+    "blur": next(item for item in PUBLISHED if item.name == "vis")
+}
+
+
+def find(name: str) -> Published | None:
+    """The published file of an id or uuid, None when it is neither."""
+    return _BY_ID.get(name)
+
+
+def resolve(
+    name_or_path: str | Path,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    progress: bool = True,
+    *,
+    local_dir: str | Path | None = None,
+) -> Path | dict[str, Path]:
+    """Path of a model on this disk, downloading it when needed; for several models a path for each id.
+
+    Takes a published id or uuid ('edge', 'edge/distilled', 'vae', 'multi' for all four), a local file or
+    folder, or 'hf://org/repo[@revision]/file'. An id comes before a folder of that name; write './edge' for
+    the folder. A folder laid out like the published repository gives {id: path} of what it holds. Ids are
+    looked for in `local_dir`, laid out likewise, before anything is downloaded. Raises CheckpointError
+    for a name that means nothing and EnvironmentProblem, with the one thing to do, when a download fails.
+    """
+    name = str(name_or_path)
+    if name == MULTI:
+        return {control: _get(_BY_ID[control], cache_dir, token, progress, local_dir) for control in CONTROLS}
+    if published := find(name):
+        return _get(published, cache_dir, token, progress, local_dir)
+    if name.startswith("hf://"):
+        return _download(*_parse_uri(name), cache_dir, token, progress)
+    path = Path(name).expanduser()
+    if not path.exists():
+        ids = ", ".join((*(item.name for item in PUBLISHED), MULTI))
+        raise CheckpointError(
+            f"checkpoint: must be an existing path, hf://org/repo/file or a published id, got {name!r}. "
+            f"Published ids: {ids}."
+        )
+    if path.is_dir() and (found := _inside(path)):
+        return found if len(found) > 1 else next(iter(found.values()))
+    return path
+
+
+@dataclass(frozen=True)
+class Located:
+    """Which published model the weights are ('edge', ..., 'edge/distilled', 'multi') and where they lie."""
+
+    model: str
+    files: Path | dict[str, Path]
+
+
+MODELS: Final = (*CONTROLS, "edge/distilled", MULTI)
+
+
+def locate(checkpoint: str | Path | Mapping[str, str | Path], model: str | None = None) -> Located:
+    """Resolve a checkpoint argument and settle which model it is.
+
+    `model` is needed for a path whose name does not tell, and picks one of a folder that holds several.
+    Four paths by control name are the multi-control network. Raises what `resolve` raises.
+    """
+    if model is not None and model not in MODELS:
+        raise CheckpointError(f"model: must be one of {', '.join(MODELS)}, got {model!r}.")
+    if isinstance(checkpoint, Mapping):
+        files: dict[str, Path] = {}
+        for control, where in checkpoint.items():
+            one = resolve(where)
+            if control not in CONTROLS or isinstance(one, dict):
+                raise CheckpointError(
+                    f"checkpoint: must give one file for a control ({', '.join(CONTROLS)}), "
+                    f"got {control}={where}."
+                )
+            files[control] = one
+        return _pick(files, model or (MULTI if len(files) > 1 else None), "checkpoint")
+    name = str(checkpoint)
+    path = Path(name).expanduser()
+    if name == MULTI:
+        if model not in (None, MULTI):
+            raise CheckpointError(f"model: checkpoint is 'multi', got {model!r}. Leave model out.")
+        return _pick(_all(resolve(name)), MULTI, name)
+    if not find(name) and path.is_dir() and (files := _inside(path)):
+        return _pick(files, model, name)
+    where = resolve(name)
+    assert isinstance(where, Path), "only a folder or 'multi' resolves to several files"
+    told = _told_by(name, where)
+    if told and model and told != model:
+        raise CheckpointError(f"model: {name} is published as '{told}', got {model!r}. Leave model out.")
+    if not (told or model):
+        raise CheckpointError(
+            f"{name}: its name does not tell which model it is. Set model to one of {', '.join(MODELS)}."
+        )
+    return Located(told or model or "", where)
+
+
+def locate_vae(vae: str | Path | None, source: Located) -> Path:
+    """The video VAE: as named, else the one beside the checkpoint, else the published one (downloaded)."""
+    if vae is not None:
+        path = resolve(vae)
+        if isinstance(path, dict):
+            raise CheckpointError(f"vae: must be one file or folder, got a folder of networks {vae}.")
+        return path
+    first = next(iter(source.files.values())) if isinstance(source.files, dict) else source.files
+    if (first / "vae").is_dir():
+        return first / "vae"
+    # The published layout puts networks three folders below the root at most: distilled/general/edge/FILE.
+    for folder in (first, *list(first.absolute().parents)[:4]):
+        for file in ("tokenizer.safetensors", "tokenizer.pth"):
+            if (folder / file).is_file():
+                return folder / file
+    return _get(_BY_ID["vae"], None, None, True, None)
+
+
+def _all(files: Path | dict[str, Path]) -> dict[str, Path]:
+    assert isinstance(files, dict), "'multi' resolves to four files"
+    return files
+
+
+def _pick(files: dict[str, Path], model: str | None, name: str) -> Located:
+    """The files of one model among those found, the only one when `model` is not given."""
+    holds = f"{name}: holds {', '.join(files) or 'nothing'}"
+    if model is None and len(files) == 1:
+        model = next(iter(files))
+    if model is None:
+        multi = f", or to '{MULTI}'" if set(files) >= set(CONTROLS) else ""
+        raise CheckpointError(f"{holds}. Set model to one of them{multi}.")
+    if model == MULTI:
+        if lacking := [control for control in CONTROLS if control not in files]:
+            raise CheckpointError(f"{holds}; multi-control needs all four, lacks {', '.join(lacking)}.")
+        return Located(MULTI, {control: files[control] for control in CONTROLS})
+    if model not in files:
+        raise CheckpointError(f"{holds}, got model {model!r}.")
+    return Located(model, files[model])
+
+
+def _inside(folder: Path) -> dict[str, Path]:
+    """Released networks in a folder laid out like the published repository."""
+    found = ((name, find_local(folder, _BY_ID[name])) for name in MODELS if name != MULTI)
+    return {name: path for name, path in found if path is not None}
+
+
+def _told_by(name: str, path: Path) -> str | None:
+    """The model an id, a published file name or the published folder of a file stands for."""
+    published = find(name) or next((i for i in PUBLISHED if any(i.uuid in p for p in path.parts[-2:])), None)
+    if published is None:
+        folder = "/" + "/".join(path.absolute().parent.parts[-3:])
+        # Deepest first: distilled/general/edge also ends like general/edge.
+        deepest = sorted(PUBLISHED, key=lambda item: -item.file.count("/"))
+        published = next(
+            (i for i in deepest if "/" in i.file and folder.endswith(f"/{i.file.rpartition('/')[0]}")), None
+        )
+    if published is None:
+        return None
+    if published.name == "vae":
+        raise CheckpointError(f"checkpoint: must be a denoiser, got the video VAE {name}.")
+    return published.name.removesuffix("/older")
+
+
+def find_local(root: str | Path, published: Published) -> Path | None:
+    """A published file below a folder laid out like its repository, also converted to safetensors.
+
+    Falls back to the only weight file of the right folder, since a fine-tuned model has a uuid of its own.
+    """
+    relative = PurePosixPath(published.file)
+    folder = Path(root).joinpath(*relative.parent.parts)
+    for suffix in (".safetensors", relative.suffix):
+        path = folder / (relative.stem + suffix)
+        if path.is_file():
+            return path
+    if len(relative.parts) == 1 or published.name.endswith("/older") or not folder.is_dir():
+        return None
+    known = {item.uuid for item in PUBLISHED}
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".pt", ".safetensors") and path.is_file() and path.name[:36] not in known
+    ]
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files[:10])
+        raise CheckpointError(
+            f"{folder}: expected one weight file, got {len(files)} ({names}). Name the file."
+        )
+    return files[0] if files else None
+
+
+def _get(
+    published: Published,
+    cache_dir: str | Path | None,
+    token: str | None,
+    progress: bool,
+    local_dir: str | Path | None,
+) -> Path:
+    if local_dir is not None:
+        if not Path(local_dir).is_dir():
+            raise CheckpointError(f"local_dir: must be a folder, got {str(local_dir)!r}.")
+        if (path := find_local(local_dir, published)) is not None:
+            return path
+    return _download(published.repo, published.revision, published.file, cache_dir, token, progress)
+
+
+def _parse_uri(uri: str) -> tuple[str, str, str]:
+    parts = uri.removeprefix("hf://").split("/", 2)
+    if len(parts) < 3 or not all(parts) or ".." in PurePosixPath(parts[2]).parts:
+        raise CheckpointError(f"checkpoint: must have the form hf://org/repo[@revision]/file, got {uri!r}.")
+    repo, _, revision = parts[1].partition("@")
+    return f"{parts[0]}/{repo}", revision or "main", parts[2]
+
+
+def _download(
+    repo: str, revision: str, file: str, cache_dir: str | Path | None, token: str | None, progress: bool
+) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise EnvironmentProblem(
+            f"download: {repo}/{file} needs the package huggingface_hub, which is not installed. "
+            "Run: pip install huggingface_hub"
+        ) from None
+
+    what = f"download: {repo}/{file} at revision {revision[:12]}"
+    page = f"https://huggingface.co/{repo}"
+    try:
+        with _progress(progress):
+            # The hub client resumes partial files, waits for a rival download and honours HF_HUB_OFFLINE.
+            path = huggingface_hub.hf_hub_download(
+                repo, file, revision=revision, cache_dir=cache_dir, token=token
+            )
+        return Path(path)
+    except errors.GatedRepoError as error:
+        if _status(error) == 401:
+            problem = "needs a Hugging Face token, got none. Run: hf auth login"
+        else:
+            problem = f"needs the licence to be accepted for your account. Open {page}, accept it, run again."
+    except errors.RepositoryNotFoundError as error:
+        if _status(error) == 401:
+            problem = "was refused without a valid Hugging Face token. Run: hf auth login"
+        else:
+            problem = f"is not there: no such repository, or it is private to others. Check {page}"
+    except errors.RevisionNotFoundError:
+        problem = f"is not there: the repository has no such revision. Look for the file at {page}/tree/main"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
+        problem = (
+            "is not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set). "
+            "Connect once, or give the path of a local copy."
+        )
+    except errors.EntryNotFoundError:
+        problem = f"is not there: this revision has no such file. See {page}/tree/{revision}"
+    except errors.HfHubHTTPError as error:
+        status = _status(error)
+        if status in (401, 403):
+            problem = f"was refused (HTTP {status}). Run 'hf auth login' with a token that may read {page}"
+        else:
+            problem = f"failed on the server's side (HTTP {status}). Run again; what has arrived is kept."
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = "does not fit on the disk. Free space, or point HF_HOME at a larger disk."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            problem = f"cannot be written to the cache ({error}). Point HF_HOME at a folder you may write."
+        else:
+            problem = f"failed ({error}). Run again; what has arrived is kept."
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"checkpoint: not a valid repository name, got {repo!r} ({error}).") from None
+    except Exception as error:
+        # Transport errors come from whichever HTTP library the hub client of the day is built on.
+        problem = f"failed ({type(error).__name__}: {error}). Check the connection and run again."
+    raise EnvironmentProblem(f"{what} {problem}")
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+@contextmanager
+def _progress(is_shown: bool) -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if is_shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
