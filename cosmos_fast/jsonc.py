@@ -6,6 +6,7 @@ lone surrogates and nesting deeper than `MAX_DEPTH` are errors. Only the standar
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import re
@@ -54,6 +55,7 @@ class Document:
     def __init__(self, text: str, first_line: int = 1) -> None:
         self._text, self._first_line, self._at = text, first_line, 0
         self._offsets: dict[KeyPath, int] = {}
+        self._line_ends: list[int] = []
         self._skip()
         self._offsets[()] = self._at
         self.value: Any = self._value((), 0)
@@ -68,8 +70,10 @@ class Document:
         return self._place(self._offsets[path])
 
     def _place(self, offset: int) -> tuple[int, int]:
-        line = self._text.count("\n", 0, offset)
-        return self._first_line + line, offset - self._text.rfind("\n", 0, offset)
+        if not self._line_ends:
+            self._line_ends = [match.start() for match in re.finditer("\n", self._text)] or [len(self._text)]
+        line = bisect.bisect_left(self._line_ends, offset)
+        return self._first_line + line, offset - (self._line_ends[line - 1] if line else -1)
 
     def _error(self, reason: str, offset: int) -> JsonError:
         return JsonError(reason, *self._place(offset))
@@ -255,6 +259,8 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         raise SpecError(f"file: must be readable, got {reason!r}.") from None
     if len(data) > limit:  # it grew since stat
         raise SpecError(f"file: must be at most {limit:,} bytes, got more.")
+    if data.startswith(b"version https://git-lfs"):
+        raise SpecError("file: must hold its content, got a Git LFS pointer. Run 'git lfs pull'.")
     return data
 
 

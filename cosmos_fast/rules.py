@@ -75,7 +75,9 @@ def explain(fault: Mapping[str, Any], known: Mapping[KeyPath, list[str]]) -> tup
         return path, f"{key}: {sentence(rule.rule, value, rule.hint)}"
     if fault["type"] == "model_type":
         return path, f"{key}: {sentence('must be an object such as {}', value)}"
-    message = fault["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    if fault["type"] == "int_parsing_size":
+        return path, f"{key}: {sentence('must be an integer of usual size', value)}"
+    message = fault["msg"].split(", unable")[0].replace("Input should be", "must be").replace("tuple", "list")
     hint = ""
     if fault["type"] == "literal_error" and isinstance(value, str):
         hint = did_you_mean(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
@@ -106,7 +108,7 @@ def resolution(value: Any) -> Any:
     """A key of the size table; 720 and 720.0 mean "720"."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
         value = str(int(value))
-    if value not in RESOLUTIONS:
+    if not isinstance(value, str) or value not in RESOLUTIONS:
         raise Rule("must be a known resolution", f"Known: {', '.join(RESOLUTIONS)}.")
     return value
 

@@ -43,6 +43,8 @@ Problem = tuple[jsonc.KeyPath, str]
 """Key path and the sentence about it."""
 
 Integer = Annotated[int, BeforeValidator(rules.number)]
+_Labels = Annotated[tuple[Integer, ...], Field(min_length=1, max_length=65536)]
+_MAX_FAULTS: Final = 100
 _PATH_ENDINGS: Final = ("_path", "_mask", "_dir")
 _RESOLUTION_SCHEMA = {"enum": [*RESOLUTIONS, *(int(key) for key in RESOLUTIONS if key.isdigit())]}
 _SIGMA_SCHEMA = {
@@ -93,11 +95,11 @@ class Spec(BaseModel):
         description="Whole guidance scale g in cond + g * (cond - uncond); ignored when distilled.",
     )
     video_path: MediaFile = Field(description="Input video or image: sets size, frame rate and frame count.")
-    max_frames: Integer | None = Field(
-        None, ge=1, lt=2**31, description="Use only the first so many frames of the input; null uses all."
+    max_frames: Annotated[Integer, Field(ge=1, lt=2**31)] | None = Field(
+        None, description="Use only the first so many frames of the input; null uses all."
     )
-    context_frame_index: Integer | None = Field(
-        None, ge=0, lt=2**31, description="Input frame used as style image; goes before image_context_path."
+    context_frame_index: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="Input frame used as style image; goes before image_context_path."
     )
     image_context_path: MediaFile | None = Field(
         None, description="Style image, or a video whose first frame is used; not together with vis."
@@ -114,8 +116,8 @@ class Spec(BaseModel):
     num_video_frames_per_chunk: Annotated[Integer, AfterValidator(rules.chunk_frames)] = Field(
         CHUNK_FRAMES, ge=1, lt=2**31, description="Frames per chunk, 4k+1: 93 for video, 1 for images."
     )
-    num_steps: Integer | None = Field(
-        None, ge=1, le=250, description="Sampling steps; null takes the model's own: 35, or 4 when distilled."
+    num_steps: Annotated[Integer, Field(ge=1, le=250)] | None = Field(
+        None, description="Sampling steps; null takes the model's own: 35, or 4 when distilled."
     )
     show_control_condition: bool = Field(False, description="Show the controls to the left of the result.")
     show_input: bool = Field(False, description="Show the input to the left of the result.")
@@ -135,11 +137,8 @@ class Spec(BaseModel):
         lt=2**31,
         description="Last step index, counted from 0, that guided generation acts on.",
     )
-    guided_generation_foreground_labels: tuple[Integer, ...] | None = Field(
-        None,
-        min_length=1,
-        max_length=65536,
-        description="Labels of the .npz that are foreground; null: all but 0.",
+    guided_generation_foreground_labels: _Labels | None = Field(
+        None, description="Labels of the .npz that are foreground; null takes all but 0."
     )
     output_dir: Annotated[Path, BeforeValidator(rules.folder)] | None = Field(
         None, description="Folder for the results when none is given on the command line."
@@ -155,7 +154,10 @@ class Spec(BaseModel):
                 (key,): list(MODELS[key].model_fields) for key in CONTROLS
             }
             known[()] = list(Spec.model_fields)
-            found += [rules.explain(fault, known) for fault in error.errors(include_url=False)]
+            faults = error.errors(include_url=False)
+            found += [rules.explain(fault, known) for fault in faults[:_MAX_FAULTS]]
+            if len(faults) > _MAX_FAULTS:
+                found.append(((), f"spec: {len(faults) - _MAX_FAULTS} more problems are not listed."))
         if found:
             raise _Faults(found)
 
