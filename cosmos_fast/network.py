@@ -355,15 +355,19 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class Pair:
-    """Velocities of one latent under two prompts: block 0's self-attention is computed once for both."""
+    """Velocities of one latent under two prompts: block 0's self-attention is computed once for both.
+
+    Without guidance there is no second prompt, and no second velocity.
+    """
 
     network: Network
     cond: Context
-    uncond: Context
+    uncond: Context | None = None
 
-    def __call__(self, z_BCTHW: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, z_BCTHW: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         stem = self.network.stem(z_BCTHW[0], step, self.cond)
-        return self.network.body(stem, step, self.cond)[None], self.network.body(stem, step, self.uncond)[None]
+        v_cond = self.network.body(stem, step, self.cond)[None]
+        return v_cond, None if self.uncond is None else self.network.body(stem, step, self.uncond)[None]
 
 
 @dataclass(frozen=True)

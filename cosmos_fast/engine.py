@@ -1,0 +1,349 @@
+"""The whole system on one page: a request goes in, decoded frames come out chunk by chunk.
+
+    spec -> inputs (frames, controls, masks) -> latents -> Context -> sampling loop -> decoded frames
+
+An Engine holds one loaded model and makes any number of clips with it. Letters: B C T H W are latent axes,
+F video frames, S text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoint as weights
+from . import controls, models, sampler
+from .chunking import (
+    Chunk,
+    conditional_latents,
+    guided_map,
+    is_black,
+    normalize,
+    normalize_exact,
+    seed_chain,
+    weight_maps,
+    weight_vector,
+)
+from .clip_plan import ClipPlan
+from .dispatch import pick_device
+from .formats import CHUNK_FRAMES, CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
+from .inputs import ChunkInputs, ClipInputs
+from .network import Network, Pair, Prompt, Single
+from .planning import preflight
+from .recipe import Plan, Recipe
+from .spec import Spec
+from .stages import Stages
+from .text import FileText, TextEncoder
+from .vae import VAE, VAEConfig, channels_last_
+
+Progress = Callable[["Step"], None]
+
+
+class StyleEncoder(Protocol):
+    """Turns a style image into the features the image-context network attends to."""
+
+    def encode(self, image_HW3: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """(H, W, 3) uint8 -> (image_tokens, image_width); size is the working (width, height)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a clip is: called after every denoising step. `stage` names what just ended."""
+
+    name: str
+    stage: str
+    chunk: int
+    chunks: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one chunk adds to the finished clip, at model size.
+
+    Shapes: frames, source and each control (F, H, W, 3) uint8; masks (F, H, W) bool; guided (F, H, W) float.
+    """
+
+    chunk: Chunk
+    seed: int
+    frames: np.ndarray
+    source: np.ndarray
+    controls: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    guided: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished clip in memory: frames (F, H, W, 3) uint8 at model size, and how it was made."""
+
+    clip: ClipPlan
+    frames: np.ndarray
+    stages: dict[str, dict[str, float | int | None]]
+
+
+class Engine:
+    """Loads a model once; `generate` and `stream` make clips with it.
+
+    checkpoint: a path, a published id such as "edge", "multi" or "edge/distilled", or four paths by control
+    name. model: which of those ids the checkpoint is, when it is a path whose name does not tell. vae: path
+    or id of the video VAE, by default the one beside the checkpoint, else the published one. text: a
+    TextEncoder, or the path of an embeddings file. makers and style are for controls and style images that
+    this package does not make itself. chunk_lengths: frames per chunk that
+    the model was trained for. Raises CheckpointError or EnvironmentProblem.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path | Mapping[str, str | Path] | None = None,
+        *,
+        model: str | None = None,
+        vae: str | Path | None = None,
+        text: TextEncoder | str | Path,
+        recipe: Recipe | None = None,
+        plan: Plan | None = None,
+        makers: Mapping[str, controls.ControlMaker] = controls.MAKERS,
+        style: StyleEncoder | None = None,
+        chunk_lengths: tuple[int, ...] = (CHUNK_FRAMES, 1),
+    ) -> None:
+        self.recipe, self.plan = recipe or Recipe.exact(), plan or Plan()
+        self.device = pick_device(self.plan.device)
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
+        self.stages = Stages(self.device)
+        self.makers, self.style, self.chunk_lengths = makers, style, chunk_lengths
+        self.text: TextEncoder = FileText(text) if isinstance(text, (str, Path)) else text
+        with self.stages("load"):
+            source = models.locate(checkpoint, model)
+            self.model, self.files = source.model, source.files
+            self.network, self.notes = self._load_network(source)
+            self.vae = self._load_vae(models.locate_vae(vae, source))
+        self._check_text()
+
+    # --- making clips ---
+
+    def generate(self, spec: Spec | ClipPlan, on_step: Progress | None = None) -> Result:
+        """Make one clip and return all of it."""
+        clip = self.planned(spec)
+        frames = [part.frames for part in self.stream(clip, on_step)]
+        return Result(clip, np.concatenate(frames), self.stages.record())
+
+    def stream(self, spec: Spec | ClipPlan, on_step: Progress | None = None) -> Iterator[Part]:
+        """Make one clip chunk by chunk; each Part is yielded as soon as its frames are decoded."""
+        clip = self.planned(spec)
+        seeds = seed_chain(clip.spec.seed, len(clip.chunks))
+        schedule = self.schedule(clip)
+        tail: np.ndarray | None = None
+        with torch.inference_mode(), ClipInputs(clip, self.makers) as inputs:
+            with self.stages("text"):
+                prompts = self._prompts(clip, inputs)
+            for chunk, seed in zip(clip.chunks, seeds, strict=True):
+                with self.stages("inputs"):
+                    given = inputs.read(chunk)
+                with self.stages("encode"):
+                    known = self._known(clip, chunk, tail)
+                    latents = [
+                        self._control_latent(given.controls.get(name)) for name in self._branches(clip)
+                    ]
+                    guide = self._guide(clip, given)
+                with self.stages("denoise"):
+                    x0 = self._sample(
+                        clip, chunk, seed, schedule, prompts, latents, given, known, guide, on_step
+                    )
+                with self.stages("decode"):
+                    decoded = self._decode(clip, x0)
+                tail = decoded[len(decoded) - clip.spec.num_conditional_frames :]
+                yield self._part(chunk, seed, decoded, given)
+
+    def planned(self, spec: Spec | ClipPlan) -> ClipPlan:
+        """The checked plan of a request for the loaded model; SpecError lists everything wrong with it."""
+        if isinstance(spec, ClipPlan):
+            return spec
+        makers = (*self.makers, *(["style"] if self.style is not None else []))
+        batch = preflight(
+            [spec], self.model, makers=makers, configs={self.model: self.network.config}, recipe=self.recipe,
+            plan=self.plan, chunk_lengths=self.chunk_lengths,
+        )  # fmt: skip
+        return batch.clips[0]
+
+    def schedule(self, clip: ClipPlan) -> sampler.Schedule:
+        """The noise levels and times of every chunk of this clip."""
+        return (
+            sampler.distilled_schedule(clip.steps) if self.is_distilled else sampler.base_schedule(clip.steps)
+        )
+
+    def checkpoint_record(self) -> dict[str, object]:
+        """Name and size of every weight file, for the sidecar."""
+        files = self.files if isinstance(self.files, dict) else {self.model: self.files}
+        return {name: {"path": str(path), "bytes": _bytes(path)} for name, path in files.items()}
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.network.config.timestep_scale == 1.0
+
+    # --- one stage each ---
+
+    def _prompts(self, clip: ClipPlan, inputs: ClipInputs) -> list[Prompt]:
+        """The prompt, and the negative one where there is guidance."""
+        alone = self.is_distilled or clip.spec.guidance == 0
+        texts = [clip.spec.prompt] if alone else [clip.spec.prompt, clip.spec.negative_prompt]
+        image = inputs.style_image()
+        features: list[Tensor | None] = [None] * len(texts)
+        if image is not None:
+            if self.style is None:
+                raise EnvironmentProblem("style image: needs an encoder, got none. Pass style= to Engine.")
+            features[0] = self.style.encode(image, clip.model_size).to(self.device, self.dtype)
+        embedded = self.text.encode(texts)
+        return [
+            self.network.read_prompt(text.to(self.device, self.dtype), feature)
+            for text, feature in zip(embedded, features, strict=True)
+        ]
+
+    def _known(self, clip: ClipPlan, chunk: Chunk, tail: np.ndarray | None) -> sampler.Known | None:
+        """Latents of the frames shared with the chunk before. Latent 0 sees the first of them alone."""
+        count = conditional_latents(chunk.index, clip.spec.num_conditional_frames)
+        if count == 0 or tail is None:
+            return None
+        return sampler.Known(self._encode(normalize(self._to_device(tail[:1]), self.dtype)).float())
+
+    def _control_latent(self, control: np.ndarray | None) -> Tensor | None:
+        """(C, T, H, W) of one control; None where it is absent or all black, which the network treats alike."""
+        if control is None or is_black(control):
+            return None
+        return self._encode(normalize(self._to_device(control), self.dtype))[0]
+
+    def _guide(self, clip: ClipPlan, given: ChunkInputs) -> sampler.Guide | None:
+        if given.guided is None:
+            return None
+        x0 = self._encode(normalize_exact(self._to_device(given.frames), self.dtype))
+        weight = guided_map(given.guided).to(self.device)
+        return sampler.Guide(x0, weight, clip.spec.guided_generation_step_threshold)
+
+    def _sample(
+        self,
+        clip: ClipPlan,
+        chunk: Chunk,
+        seed: int,
+        schedule: sampler.Schedule,
+        prompts: list[Prompt],
+        latents: list[Tensor | None],
+        given: ChunkInputs,
+        known: sampler.Known | None,
+        guide: sampler.Guide | None,
+        on_step: Progress | None,
+    ) -> Tensor:
+        """Latents (1, C, T, H, W) fp32 of one chunk."""
+        network, (width, height) = self.network, clip.model_size
+        grid = (latent_frames(chunk.length), height // SPATIAL, width // SPATIAL)
+        shape = (1, network.config.latent_channels, *grid)
+        n_known = known.frames if known is not None and grid[0] > 1 else 0
+        mask = (torch.arange(grid[0], device=self.device) < n_known).to(self.dtype)
+        held = network.read_controls(latents, self._weights(clip, given), grid, mask)
+        if self.is_distilled:
+            times = sampler.distilled_times(schedule, grid[0], n_known)
+        else:
+            times = sampler.base_times(schedule)
+        contexts = network.prepare(prompts, held, network.tabulate(times), grid, mask)
+
+        def told(index: int, total: int) -> None:
+            if on_step is not None:
+                on_step(Step(clip.spec.name, "denoise", chunk.index, len(clip.chunks), index + 1, total))
+
+        if self.is_distilled:
+            noise = sampler.distilled_noise(seed, shape, self.device)
+            single = Single(network, contexts[0])
+            return sampler.sample_distilled(
+                single, noise, schedule, known=known, dtype=self.dtype, on_step=told
+            )
+        return sampler.sample(
+            Pair(network, *contexts), sampler.noise(seed, shape).to(self.device), schedule,
+            guidance=clip.spec.guidance, known=known, guide=guide, dtype=self.dtype, on_step=told,
+        )  # fmt: skip
+
+    def _weights(self, clip: ClipPlan, given: ChunkInputs) -> list[float] | Tensor:
+        names = self._branches(clip)
+        weights = {name: control.control_weight for name, control in clip.spec.controls.items()}
+        maps = weight_maps(given.masks, weights, names)
+        return weight_vector(names, weights) if maps is None else maps
+
+    def _branches(self, clip: ClipPlan) -> tuple[str, ...]:
+        """Which control each branch of the loaded network takes."""
+        return CONTROLS if self.network.config.branches > 1 else tuple(clip.spec.controls)
+
+    def _decode(self, clip: ClipPlan, x0: Tensor) -> np.ndarray:
+        """Frames (F, H, W, 3) uint8, each window on its way to the host as soon as it exists."""
+        parts = []
+        for part in self.vae.decode_stream(x0.to(self.dtype), self.plan.vae_decode_window):
+            parts.append(to_pixels(part).cpu())
+        return torch.cat(parts).numpy()
+
+    def _part(self, chunk: Chunk, seed: int, decoded: np.ndarray, given: ChunkInputs) -> Part:
+        kept = chunk.kept
+        return Part(
+            chunk, seed, decoded[kept], given.frames[kept],
+            {name: frames[kept] for name, frames in given.controls.items()},
+            {name: mask[kept] for name, mask in given.masks.items()},
+            None if given.guided is None else given.guided[kept],
+        )  # fmt: skip
+
+    def _encode(self, x_BCFHW: Tensor) -> Tensor:
+        return self.vae.encode(x_BCFHW, self.plan.vae_encode_window)
+
+    def _to_device(self, frames_FHW3: np.ndarray) -> Tensor:
+        """(F, H, W, 3) uint8 on the host -> (1, 3, F, H, W) uint8 on the device."""
+        return torch.from_numpy(frames_FHW3).to(self.device).permute(3, 0, 1, 2)[None]
+
+    # --- loading ---
+
+    def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
+        kind = "distilled" if source.model == "edge/distilled" else None
+        loaded = weights.load_state(source.files, dtype=self.dtype, device=self.device, model=kind)
+        with torch.device("meta"):
+            network = Network(loaded.config)
+        network.load_state_dict(loaded.state, strict=True, assign=True)
+        return network.eval().requires_grad_(False), loaded.notes
+
+    def _load_vae(self, path: Path) -> VAE:
+        state = weights.load_vae_state(path, self.dtype, self.device)
+        with torch.device("meta"):
+            vae = VAE(
+                VAEConfig(base=state["encoder.conv1.weight"].shape[0], z=state["conv2.weight"].shape[0])
+            )
+        vae.load_state_dict(state, strict=True, assign=True)
+        vae = vae.eval().requires_grad_(False)
+        return channels_last_(vae) if self.device.type == "cuda" else vae
+
+    def _check_text(self) -> None:
+        config = self.network.config
+        if (self.text.tokens, self.text.width) != (config.text_tokens, config.text_width):
+            raise EnvironmentProblem(
+                f"text: the network reads embeddings of shape ({config.text_tokens}, {config.text_width}), "
+                f"got ({self.text.tokens}, {self.text.width}). Use embeddings made for this checkpoint."
+            )
+
+
+def _bytes(path: Path) -> int:
+    """Size of a file, or of all files of a folder."""
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    )
+
+
+def to_pixels(x_BCFHW: Tensor) -> Tensor:
+    """Model range (1, 3, F, H, W) -> pixels (F, H, W, 3) uint8: 127.5 * x + 127.5, clamped, truncated.
+
+    Raises ClipError if a value is not finite.
+    """
+    scaled = x_BCFHW[0].float() * 127.5 + 127.5
+    if not bool(torch.isfinite(scaled).all()):
+        raise ClipError("decode: frames must be finite, got NaN or infinity from the VAE.")
+    return scaled.clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()

@@ -1,0 +1,230 @@
+"""A batch of clips, made one after another: written, checked, recorded, resumable.
+
+One bad clip costs one clip. A clip counts as done when its media have been reopened and counted, the picture
+passed its checks and its sidecar is on disk; until then only part files exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from . import controls
+from .clip_plan import BatchPlan, ClipPlan
+from .engine import Engine, Part, Progress
+from .formats import CosmosFastError, EnvironmentProblem
+from .guards import Claim, FrameChecks, StopFlag, Stopped
+from .outputs import ClipOutputs, OutputFolder
+from .sidecar import build_sidecar
+from .video import Writer, resize, write_image
+
+MOST_DISK_FAILURES = 3
+"""Clips in a row that may fail because the output folder refuses, before the batch stops."""
+
+
+@dataclass
+class Summary:
+    """What became of every clip of a batch, by name."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed else 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a batch is written. resume: keep clips that are finished and unchanged."""
+
+    codec: str = "libx264"
+    resume: bool = False
+
+
+def run_batch(
+    batch: BatchPlan,
+    open_engine: Callable[[str], Engine],
+    folder: OutputFolder,
+    *,
+    options: Options,
+    stop: StopFlag,
+    progress: Progress | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Summary:
+    """Make every clip of a checked batch, one model after another so that each is loaded once.
+
+    report gets one line per clip. Raises Stopped when asked to stop; everything finished stays finished.
+    """
+    summary, disk_failures = Summary(), 0
+    for model in dict.fromkeys(clip.model for clip in batch.clips):
+        waiting = [clip for clip in batch.clips if clip.model == model]
+        engine: Engine | None = None
+        for clip in waiting:
+            outputs = folder.clip(clip.spec.name)
+            reason = outputs.redo_reason(clip.spec.hash()) if options.resume else "asked for"
+            if reason is None:
+                summary.skipped.append(clip.spec.name)
+                report(f"{clip.spec.name}: already done")
+                continue
+            stop.check()
+            with contextlib.ExitStack() as held:
+                claim = Claim.take(outputs.claim_path, folder.locked)
+                if claim is None:
+                    summary.skipped.append(clip.spec.name)
+                    report(f"{clip.spec.name}: another process is making it")
+                    continue
+                held.enter_context(claim)
+                engine = engine or open_engine(model)
+                try:
+                    record = make_clip(engine, clip, outputs, claim, options, stop, progress)
+                except Stopped:
+                    outputs.remove_parts()
+                    raise
+                except (CosmosFastError, OSError, ValueError, RuntimeError, MemoryError) as error:
+                    message = describe(error)
+                    summary.failed[clip.spec.name] = message
+                    report(f"{clip.spec.name}: failed: {message}")
+                    with contextlib.suppress(OSError, EnvironmentProblem):
+                        outputs.fail(message, spec_hash=clip.spec.hash())
+                    disk_failures = disk_failures + 1 if is_disk_trouble(error) else 0
+                    if disk_failures >= MOST_DISK_FAILURES:
+                        report(f"stopping: {disk_failures} clips in a row could not be written")
+                        return summary
+                    continue
+                disk_failures = 0
+                summary.done.append(clip.spec.name)
+                seconds = sum(stage["seconds"] for stage in record["stages"].values())
+                report(f"{clip.spec.name}: done in {seconds:.1f} s: {folder.root / record['output']['file']}")
+        del engine
+        gc.collect()
+    return summary
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: what happened, and for memory what to change."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory. Try --vae-window 4, or a lower resolution; `cosmos-fast plan` tells what fits."
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, CosmosFastError) else f"{type(error).__name__}: {text}"
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    return isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+
+
+def make_clip(
+    engine: Engine,
+    clip: ClipPlan,
+    outputs: ClipOutputs,
+    claim: Claim,
+    options: Options,
+    stop: StopFlag,
+    progress: Progress | None,
+) -> dict:
+    """Make one clip and put it in its place; returns its sidecar."""
+    outputs.remove_parts()
+    engine.stages.seconds.clear()
+    engine.stages.peak_bytes.clear()
+
+    def on_step(step) -> None:  # type: ignore[no-untyped-def]
+        stop.check()
+        if progress is not None:
+            progress(step)
+
+    seams = list(np.cumsum([chunk.keep for chunk in clip.chunks])[:-1])
+    checks = FrameChecks(clip.spec.name, clip.frames, clip.output_size, seams=[int(s) for s in seams])
+    seeds = []
+    with Media(clip, outputs, options) as media:
+        for part in engine.stream(clip, on_step):
+            with engine.stages("write"):
+                result, source = media.write(part)
+                checks.update(result, source)
+            seeds.append(part.seed)
+        figures = checks.finish()
+        with engine.stages("write"):
+            files = media.close()
+    return outputs.finish(
+        build_sidecar(
+            name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
+            plan=engine.plan, model=engine.model, checkpoint=engine.checkpoint_record(), seeds=seeds,
+            chunks=clip.chunks, stages=engine.stages.record(),
+            output={
+                "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),
+            },
+            checks=figures, notes=[*clip.notes, *engine.notes, *checks.notes],
+        ),
+        files=files, claim=claim,
+    )  # fmt: skip
+
+
+class Media:
+    """The files of one clip while they are written: the result, its controls, its guided mask.
+
+    Leaving the `with` block before `close` aborts them all: no file appears under its final name.
+    """
+
+    def __init__(self, clip: ClipPlan, outputs: ClipOutputs, options: Options) -> None:
+        self.clip, self.outputs, self.options = clip, outputs, options
+        self.size = (clip.output_size[0] * (1 + clip.tiles), clip.output_size[1])
+        self._open: dict[Path, Writer] = {}
+        self._images: dict[Path, np.ndarray] = {}
+
+    def write(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """Append one chunk to every file; returns result and source at output size, for the checks."""
+        spec = self.clip.spec
+        fit = {name: self._fit(self._shown(part, name)) for name in part.controls}
+        result, source = self._fit(part.frames), self._fit(part.source)
+        panels = [*fit.values()] if spec.show_control_condition else []
+        panels += [source] if spec.show_input else []
+        self._append(self.outputs.media(self.clip.frames), controls.side_by_side([*panels, result]))
+        for name, frames in fit.items():
+            self._append(self.outputs.control(name, self.clip.frames), frames)
+        if part.guided is not None:
+            grey = (part.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
+            self._append(self.outputs.guided_mask(self.clip.frames), grey)
+        return result, source
+
+    @staticmethod
+    def _shown(part: Part, name: str) -> np.ndarray:
+        control, mask = part.controls[name], part.masks.get(name)
+        return control if mask is None else controls.masked_preview(control, mask)
+
+    def _fit(self, frames: np.ndarray) -> np.ndarray:
+        return resize(frames, self.clip.output_size, "lanczos")
+
+    def _append(self, path: Path, frames: np.ndarray) -> None:
+        if self.clip.frames == 1:
+            self._images[path] = frames[0]
+            return
+        if path not in self._open:
+            size = (frames.shape[2], frames.shape[1])
+            self._open[path] = Writer(path, size, self.clip.fps, codec=self.options.codec)
+        self._open[path].write(frames)
+
+    def close(self) -> list[Path]:
+        """Finish, reopen and count every file; returns those beside the result."""
+        for writer in self._open.values():
+            writer.close()
+        for path, frame in self._images.items():
+            write_image(path, frame)
+        main = self.outputs.media(self.clip.frames)
+        return [path for path in (*self._open, *self._images) if path != main]
+
+    def __enter__(self) -> Media:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for writer in self._open.values():
+                writer.abort()
