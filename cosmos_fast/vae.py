@@ -14,72 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Final
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .vae_keys import Block, decoder_blocks, encoder_blocks, vae_flops, vae_history_bytes
+from .vae_keys import Block, VAEConfig, decoder_blocks, encoder_blocks, vae_flops, vae_memory, windows
 
-# fmt: off
-LATENT_MEAN: Final = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)
-LATENT_STD: Final = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)
-# fmt: on
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Widths of the VAE; the defaults are the published model (126,892,531 parameters)."""
-
-    base: int = 96
-    latent_channels: int = 16
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    residuals: int = 2
-    temporal: tuple[bool, ...] = (False, True, True)
-    mean: tuple[float, ...] = LATENT_MEAN
-    std: tuple[float, ...] = LATENT_STD
-
-    def __post_init__(self) -> None:
-        if not len(self.mean) == len(self.std) == self.latent_channels:
-            raise ValueError(
-                f"VAEConfig: mean and std must have {self.latent_channels} numbers, "
-                f"got {len(self.mean)} and {len(self.std)}. Give statistics of this latent space."
-            )
-        if len(self.temporal) != len(self.multipliers) - 1:
-            raise ValueError(
-                f"VAEConfig: temporal must have {len(self.multipliers) - 1} flags, got {len(self.temporal)}. "
-                "One flag stands for each change of stage."
-            )
-
-    @classmethod
-    def tiny(cls) -> VAEConfig:
-        """The same structure at base width 16, for tests."""
-        return cls(base=16)
-
-    @property
-    def plan(self) -> tuple[int, tuple[int, ...], int, tuple[bool, ...]]:
-        """The numbers `vae_keys.encoder_blocks` and `decoder_blocks` take."""
-        return self.base, self.multipliers, self.residuals, self.temporal
-
-    @property
-    def spatial(self) -> int:
-        """Pixels per latent element along height and width."""
-        return 2 ** len(self.temporal)
-
-    @property
-    def stride(self) -> int:
-        """Video frames per latent frame after the first."""
-        return 2 ** sum(self.temporal)
-
+__all__ = ["VAE", "Stream", "VAEConfig", "channels_last_", "flops", "memory_estimate", "windows"]
 
 # ---------------------------------------------------------------------------------------------------
 # State and elementwise parts. Each of these functions is one place where a fused kernel fits.
@@ -166,20 +110,24 @@ def pad_right_bottom(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1, 0, 1))
 
 
-def norm_conv(norm: Norm, conv: CausalConv, x: Tensor, stream: Stream) -> Tensor:
+def norm_conv(parts: nn.ModuleDict, norm: str, conv: str, x: Tensor, stream: Stream) -> Tensor:
     """conv(silu(rms(x))) with history; the norm writes straight behind the history, no concatenation."""
-    padded = stream.room(conv, x)
-    rms_silu(x, norm.gamma, padded[:, :, 2:])
+    gamma, layer = cast(Norm, parts[norm]).gamma, parts[conv]
+    padded = stream.room(layer, x)
+    rms_silu(x, gamma, padded[:, :, 2:])
     del x  # the last reference when calls are nested: frees it before the conv allocates
-    stream.remember(conv, padded[:, :, -2:])
-    return conv(padded)
+    stream.remember(layer, padded[:, :, -2:])
+    return layer(padded)
 
 
-def per_frame(conv: nn.Conv2d, x: Tensor, pad: bool = False) -> Tensor:
+def per_frame(conv: nn.Module, x: Tensor, pad: bool = False) -> Tensor:
     """A 2-D conv on each frame. Shapes: (B, C, F, H, W) -> (B, C', F, H', W'); a view in channels last."""
-    flat = x.transpose(1, 2).flatten(0, 1)
+    # One frame goes its own way: flattening a dimension of one leaves strides that no longer say
+    # "channels last", and the convs after it would fall back to the slow layout.
+    single = x.shape[2] == 1
+    flat = x.squeeze(2) if single else x.transpose(1, 2).flatten(0, 1)
     y = conv(pad_right_bottom(flat) if pad else flat)
-    return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return y.unsqueeze(2) if single else y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -212,8 +160,8 @@ class Residual(nn.Module):
         self.shortcut = nn.Conv3d(width, out, 1) if width != out else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        part = self.residual
-        h = norm_conv(part["3"], part["6"], norm_conv(part["0"], part["2"], x, stream), stream)
+        parts = self.residual
+        h = norm_conv(parts, "3", "6", norm_conv(parts, "0", "2", x, stream), stream)
         return h.add_(x if self.shortcut is None else self.shortcut(x))
 
 
@@ -281,7 +229,7 @@ class Up(nn.Module):
         big = frames_like(x, (batch, width, alone + 2 * rest, 2 * height, 2 * columns))
         if alone:
             upsample2x(x[:, :, :alone], big[:, :, :alone])
-        if rest:
+        if self.time_conv is not None and rest:
             pairs = self.time_conv(stream.extend(self.time_conv, x[:, :, alone:]))
             upsample2x(pairs[:, :width], big[:, :, alone::2])
             upsample2x(pairs[:, width:], big[:, :, alone + 1 :: 2])
@@ -306,9 +254,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        top = config.base * config.multipliers[-1]
-        self.conv1 = CausalConv(3, config.base)
-        self.downsamples = nn.ModuleList(_build(block) for block in encoder_blocks(*config.plan))
+        top = config.top
+        self.conv1 = CausalConv(3, config.bottom)
+        self.downsamples = nn.ModuleList(_build(block) for block in encoder_blocks(config))
         self.middle = _middle(top)
         self.head = nn.ModuleDict({"0": Norm(top), "2": CausalConv(top, 2 * config.latent_channels)})
 
@@ -316,7 +264,7 @@ class Encoder(nn.Module):
         x = self.conv1(stream.extend(self.conv1, x))
         for block in (*self.downsamples, *self.middle):
             x = block(x, stream)
-        return norm_conv(self.head["0"], self.head["2"], x, stream)
+        return norm_conv(self.head, "0", "2", x, stream)
 
 
 class Decoder(nn.Module):
@@ -324,24 +272,17 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        top, bottom = config.base * config.multipliers[-1], config.base * config.multipliers[0]
+        top, bottom = config.top, config.bottom
         self.conv1 = CausalConv(config.latent_channels, top)
         self.middle = _middle(top)
-        self.upsamples = nn.ModuleList(_build(block) for block in decoder_blocks(*config.plan))
+        self.upsamples = nn.ModuleList(_build(block) for block in decoder_blocks(config))
         self.head = nn.ModuleDict({"0": Norm(bottom), "2": CausalConv(bottom, 3)})
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv1(stream.extend(self.conv1, x))
         for block in (*self.middle, *self.upsamples):
             x = block(x, stream)
-        return norm_conv(self.head["0"], self.head["2"], x, stream)
-
-
-def windows(length: int, window: int | None) -> list[tuple[int, int]]:
-    """Bounds (start, stop) of a pass: element 0 alone, then `window` at a time; None is all at once."""
-    if window is None:
-        return [(0, length)]
-    return [(0, 1), *((i, min(i + window, length)) for i in range(1, length, window))]
+        return norm_conv(self.head, "0", "2", x, stream)
 
 
 def latent_statistics(config: VAEConfig, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,7 +312,9 @@ def _check(x: Tensor, what: str, channels: int, multiple: int = 1) -> None:
 def _check_frames(frames: int, stride: int, first: bool) -> None:
     if frames % stride != int(first):
         rule = f"frames must be {stride}k+1" if first else f"parts after the first must have {stride}k frames"
-        raise ValueError(f"vae.encode: {rule}, got {frames}. Repeat or mirror the last frames to pad the clip.")
+        raise ValueError(
+            f"vae.encode: {rule}, got {frames}. Repeat or mirror the last frames to pad the clip."
+        )
 
 
 class VAE(nn.Module):
@@ -433,8 +376,7 @@ class VAE(nn.Module):
             features = self.encoder(part.to(self.conv1.weight), stream)
             stream.first = False
             # The upper half of the channels is the log-variance, which nothing here reads.
-            mu = F.conv3d(features, self.conv1.weight[:z], self.conv1.bias[:z])
-            yield mu.sub_(mean).mul_(gain)
+            yield (self.conv1(features)[:, :z] - mean).mul_(gain)
 
     def decode(self, z_BCTHW: Tensor, window: int | None = 1) -> Tensor:
         """Pixels, (B, 16, T, h, w) -> (B, 3, F, H, W), not clamped, in the dtype of the weights."""
@@ -483,16 +425,14 @@ def channels_last_(vae: VAE) -> VAE:
     return vae
 
 
-def _numbers(config: VAEConfig) -> dict[str, object]:
-    names = ("base", "latent_channels", "multipliers", "residuals", "temporal")
-    return {name: getattr(config, name) for name in names}
-
-
 def flops(config: VAEConfig, frames: int, height: int, width: int) -> tuple[float, float]:
     """FLOP of (encode, decode) of `frames` video frames of height x width pixels; 2 per multiply-add."""
-    return vae_flops(frames, height, width, **_numbers(config))
+    return vae_flops(frames, height, width, config)
 
 
-def history_bytes(config: VAEConfig, height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that (encode, decode) carry from window to window for a batch of one."""
-    return vae_history_bytes(height, width, dtype.itemsize, **_numbers(config))
+def memory_estimate(
+    config: VAEConfig, height: int, width: int, window: int, latent_window: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes (encode, decode) need beside weights, clip and result; windows as `encode` and `decode` take."""
+    encode, decode = vae_memory(height, width, window, latent_window, config)
+    return encode * dtype.itemsize, decode * dtype.itemsize

@@ -7,30 +7,81 @@ Imports nothing but the standard library. `vae.py` builds its modules from the s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
-
-BASE: Final = 96
-LATENT: Final = 16
-MULTIPLIERS: Final = (1, 2, 4, 4)
-RESIDUALS: Final = 2
-TEMPORAL: Final = (False, True, True)
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 Shape = tuple[int, ...]
 
+# fmt: off
+LATENT_MEAN: Final = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENT_STD: Final = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
 
-class Conv(NamedTuple):
-    """One conv as it runs over a clip: widths, taps, output frames and pixels of a frame, input pixels.
 
-    `past` is the number of input frames it carries from window to window.
-    """
+@dataclass(frozen=True)
+class VAEConfig:
+    """Widths of the VAE; the defaults are the published model (126,892,531 parameters)."""
 
-    width: int
-    out: int
-    taps: int
-    frames: int
-    pixels: int
-    past: int
-    pixels_in: int
+    base: int = 96
+    latent_channels: int = 16
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    residuals: int = 2
+    temporal: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = LATENT_MEAN
+    std: tuple[float, ...] = LATENT_STD
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.latent_channels:
+            raise ValueError(
+                f"VAEConfig: mean and std must have {self.latent_channels} numbers, "
+                f"got {len(self.mean)} and {len(self.std)}. Give statistics of this latent space."
+            )
+        if len(self.temporal) != len(self.multipliers) - 1:
+            raise ValueError(
+                f"VAEConfig: temporal must have {len(self.multipliers) - 1} flags, got {len(self.temporal)}. "
+                "One flag stands for each change of stage."
+            )
+
+    @classmethod
+    def tiny(cls) -> VAEConfig:
+        """The same structure at base width 16, for tests."""
+        return cls(base=16)
+
+    @property
+    def bottom(self) -> int:
+        """Channels at full resolution."""
+        return self.base * self.multipliers[0]
+
+    @property
+    def top(self) -> int:
+        """Channels at latent resolution."""
+        return self.base * self.multipliers[-1]
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent element along height and width."""
+        return 2 ** len(self.temporal)
+
+    @property
+    def stride(self) -> int:
+        """Video frames per latent frame after the first."""
+        return 2 ** sum(self.temporal)
+
+
+PUBLISHED: Final = VAEConfig()
+
+
+def windows(length: int, window: int | None) -> list[tuple[int, int]]:
+    """Bounds (start, stop) of a pass: element 0 alone, then `window` at a time; None is all at once."""
+    if window is None:
+        return [(0, length)]
+    return [(0, 1), *((i, min(i + window, length)) for i in range(1, length, window))]
 
 
 class Block(NamedTuple):
@@ -41,40 +92,30 @@ class Block(NamedTuple):
     out: int
 
 
-def encoder_blocks(
-    base: int = BASE,
-    multipliers: Shape = MULTIPLIERS,
-    residuals: int = RESIDUALS,
-    temporal: tuple[bool, ...] = TEMPORAL,
-) -> list[Block]:
+def encoder_blocks(config: VAEConfig = PUBLISHED) -> list[Block]:
     """Blocks of `encoder.downsamples` in order. `temporal[i]`: stage change i also halves the frames."""
     blocks: list[Block] = []
-    width = base
-    for stage, multiplier in enumerate(multipliers):
-        for _ in range(residuals):
-            blocks.append(Block("residual", width, base * multiplier))
-            width = base * multiplier
-        if stage < len(multipliers) - 1:
-            blocks.append(Block("down_time" if temporal[stage] else "down", width, width))
+    width = config.bottom
+    for stage, multiplier in enumerate(config.multipliers):
+        for _ in range(config.residuals):
+            blocks.append(Block("residual", width, config.base * multiplier))
+            width = config.base * multiplier
+        if stage < len(config.temporal):
+            blocks.append(Block("down_time" if config.temporal[stage] else "down", width, width))
     return blocks
 
 
-def decoder_blocks(
-    base: int = BASE,
-    multipliers: Shape = MULTIPLIERS,
-    residuals: int = RESIDUALS,
-    temporal: tuple[bool, ...] = TEMPORAL,
-) -> list[Block]:
+def decoder_blocks(config: VAEConfig = PUBLISHED) -> list[Block]:
     """Blocks of `decoder.upsamples` in order; one residual block a stage more than the encoder has."""
     blocks: list[Block] = []
-    width = base * multipliers[-1]
-    for stage, multiplier in enumerate(reversed(multipliers)):
-        for _ in range(residuals + 1):
-            blocks.append(Block("residual", width, base * multiplier))
-            width = base * multiplier
-        if stage < len(multipliers) - 1:
+    width = config.top
+    for stage, multiplier in enumerate(reversed(config.multipliers)):
+        for _ in range(config.residuals + 1):
+            blocks.append(Block("residual", width, config.base * multiplier))
+            width = config.base * multiplier
+        if stage < len(config.temporal):
             # The up-sampling conv is where the channels halve, so the next stage starts at half width.
-            blocks.append(Block("up_time" if temporal[-1 - stage] else "up", width, width // 2))
+            blocks.append(Block("up_time" if config.temporal[-1 - stage] else "up", width, width // 2))
             width //= 2
     return blocks
 
@@ -117,20 +158,13 @@ def _head(name: str, width: int, out: int) -> Iterator[tuple[str, Shape]]:
     yield from _conv(f"{name}.2", out, width, 3, 3, 3)
 
 
-def vae_layout(
-    base: int = BASE,
-    latent_channels: int = LATENT,
-    multipliers: Shape = MULTIPLIERS,
-    residuals: int = RESIDUALS,
-    temporal: tuple[bool, ...] = TEMPORAL,
-) -> dict[str, Shape]:
-    """Every tensor of the VAE: published name -> shape. The defaults are the published model, 194 tensors."""
-    plan = (base, multipliers, residuals, temporal)
-    top, z = base * multipliers[-1], latent_channels
+def vae_layout(config: VAEConfig = PUBLISHED) -> dict[str, Shape]:
+    """Every tensor of the VAE: published name -> shape. The published model has 194 tensors."""
+    top, bottom, z = config.top, config.bottom, config.latent_channels
 
     def entries() -> Iterator[tuple[str, Shape]]:
-        yield from _conv("encoder.conv1", base, 3, 3, 3, 3)
-        for index, block in enumerate(encoder_blocks(*plan)):
+        yield from _conv("encoder.conv1", bottom, 3, 3, 3, 3)
+        for index, block in enumerate(encoder_blocks(config)):
             yield from _block(f"encoder.downsamples.{index}", block)
         yield from _middle("encoder.middle", top)
         yield from _head("encoder.head", top, 2 * z)
@@ -138,9 +172,9 @@ def vae_layout(
         yield from _conv("conv2", z, z, 1, 1, 1)
         yield from _conv("decoder.conv1", top, z, 3, 3, 3)
         yield from _middle("decoder.middle", top)
-        for index, block in enumerate(decoder_blocks(*plan)):
+        for index, block in enumerate(decoder_blocks(config)):
             yield from _block(f"decoder.upsamples.{index}", block)
-        yield from _head("decoder.head", base * multipliers[0], 3)
+        yield from _head("decoder.head", bottom, 3)
 
     return dict(entries())
 
@@ -175,91 +209,106 @@ def _to_diffusers(key: str, residuals: int) -> str:
     return f"{side}.{place}.{rest}"
 
 
-def diffusers_vae_keys(
-    base: int = BASE,
-    latent_channels: int = LATENT,
-    multipliers: Shape = MULTIPLIERS,
-    residuals: int = RESIDUALS,
-    temporal: tuple[bool, ...] = TEMPORAL,
-) -> dict[str, str]:
+def diffusers_vae_keys(config: VAEConfig = PUBLISHED) -> dict[str, str]:
     """Names in a diffusers `AutoencoderKLWan` state dict -> our names, one to one; shapes are the same."""
-    ours = vae_layout(base, latent_channels, multipliers, residuals, temporal)
-    return {_to_diffusers(key, residuals): key for key in ours}
+    return {_to_diffusers(key, config.residuals): key for key in vae_layout(config)}
 
 
-def _middle_convs(width: int, frames: int, pixels: int) -> Iterator[Conv]:
-    yield from _block_convs(Block("residual", width, width), frames, frames, pixels, pixels)
-    yield Conv(width, 3 * width, 1, frames, pixels, 0, pixels)
-    yield Conv(width, width, 1, frames, pixels, 0, pixels)
-    yield from _block_convs(Block("residual", width, width), frames, frames, pixels, pixels)
+class Conv(NamedTuple):
+    """One conv as it runs over some frames. `before` and `after` are frames times pixels, in and out."""
+
+    width: int
+    out: int
+    taps: int
+    before: int
+    after: int
+    past: int = 0
+    """Elements of a channel carried from window to window: past frames times pixels of a frame."""
 
 
-def _block_convs(block: Block, frames: int, after: int, pixels: int, pixels_after: int) -> Iterator[Conv]:
-    """Convs of a block that takes `frames` of `pixels` each to `after` frames of `pixels_after`."""
+def _convs(block: Block, frames: int, lead: int, pixels: int) -> tuple[list[Conv], int, int]:
+    """Convs of a block on `frames` of `pixels` each, and the frames and pixels it gives."""
     kind, width, out = block
+    size = frames * pixels
     if kind == "residual":
-        yield Conv(width, out, 27, frames, pixels, 2, pixels)
-        yield Conv(out, out, 27, frames, pixels, 2, pixels)
-        if width != out:
-            yield Conv(width, out, 1, frames, pixels, 0, pixels)
-        return
-    # Frame 0 passes both temporal convs by: they make one output (down) or pair (up) per later frame.
-    if kind == "up_time":
-        yield Conv(width, 2 * width, 3, frames - 1, pixels, 2, pixels)
-    yield Conv(width, out, 9, after if kind == "up_time" else frames, pixels_after, 0, pixels)
-    if kind == "down_time":
-        yield Conv(width, width, 3, after - 1, pixels_after, 1, pixels_after)
+        convs = [Conv(width, out, 27, size, size, 2 * pixels), Conv(out, out, 27, size, size, 2 * pixels)]
+        return convs + [Conv(width, out, 1, size, size)] * (width != out), frames, pixels
+    if kind.startswith("down"):
+        small, rest = pixels // 4, (frames - lead) // 2
+        convs = [Conv(width, out, 9, size, frames * small)]
+        if kind == "down":
+            return convs, frames, small
+        return [*convs, Conv(width, width, 3, frames * small, rest * small, small)], lead + rest, small
+    big, rest = 4 * pixels, frames - lead
+    if kind == "up":
+        return [Conv(width, out, 9, frames * big, frames * big)], frames, big
+    after = lead + 2 * rest
+    time = Conv(width, 2 * width, 3, rest * pixels, rest * pixels, 2 * pixels)
+    return [time, Conv(width, out, 9, after * big, after * big)], after, big
 
 
 def vae_convs(
-    frames: int,
-    height: int,
-    width: int,
-    base: int = BASE,
-    latent_channels: int = LATENT,
-    multipliers: Shape = MULTIPLIERS,
-    residuals: int = RESIDUALS,
-    temporal: tuple[bool, ...] = TEMPORAL,
+    frames: int, height: int, width: int, config: VAEConfig = PUBLISHED, lead: int = 1
 ) -> tuple[list[Conv], list[Conv]]:
-    """Every conv of an encode and of a decode of `frames` (4k+1) video frames of height x width pixels."""
-    plan = (base, multipliers, residuals, temporal)
-    top, z, t, p = base * multipliers[-1], latent_channels, frames, height * width
-    encode = [Conv(3, base, 27, t, p, 2, p)]
-    for block in encoder_blocks(*plan):
-        after = 1 + (t - 1) // 2 if block.kind == "down_time" else t
-        smaller = p // 4 if block.kind.startswith("down") else p
-        encode += _block_convs(block, t, after, p, smaller)
-        t, p = after, smaller
-    encode += _middle_convs(top, t, p)
-    encode += [Conv(top, 2 * z, 27, t, p, 2, p), Conv(2 * z, 2 * z, 1, t, p, 0, p)]
-    decode = [Conv(z, z, 1, t, p, 0, p), Conv(z, top, 27, t, p, 2, p), *_middle_convs(top, t, p)]
-    for block in decoder_blocks(*plan):
-        after = 1 + 2 * (t - 1) if block.kind == "up_time" else t
-        bigger = p * 4 if block.kind.startswith("up") else p
-        decode += _block_convs(block, t, after, p, bigger)
-        t, p = after, bigger
-    decode.append(Conv(base * multipliers[0], 3, 27, t, p, 2, p))
+    """Every conv of an encode and of a decode of `frames` video frames of height x width pixels.
+
+    `lead` = 1: the frames begin with frame 0, which passes all temporal resampling by (frames is 4k+1).
+    `lead` = 0: a later window (frames is 4k).
+    """
+    top, bottom, z, pixels = config.top, config.bottom, config.latent_channels, height * width
+    encode = [Conv(3, bottom, 27, frames * pixels, frames * pixels, 2 * pixels)]
+    for block in encoder_blocks(config):
+        convs, frames, pixels = _convs(block, frames, lead, pixels)
+        encode += convs
+    size, past = frames * pixels, 2 * pixels
+    residual = [Conv(top, top, 27, size, size, past)] * 2
+    middle = [*residual, Conv(top, 3 * top, 1, size, size), Conv(top, top, 1, size, size), *residual]
+    encode += [*middle, Conv(top, 2 * z, 27, size, size, past), Conv(2 * z, 2 * z, 1, size, size)]
+    decode = [Conv(z, z, 1, size, size), Conv(z, top, 27, size, size, past), *middle]
+    for block in decoder_blocks(config):
+        convs, frames, pixels = _convs(block, frames, lead, pixels)
+        decode += convs
+    decode.append(Conv(bottom, 3, 27, frames * pixels, frames * pixels, 2 * pixels))
     return encode, decode
 
 
-def vae_flops(frames: int, height: int, width: int, **plan: Any) -> tuple[float, float]:
-    """FLOP (2 per multiply-add) of one encode and one decode; `plan` as in `vae_convs`."""
-    multipliers, temporal = plan.get("multipliers", MULTIPLIERS), plan.get("temporal", TEMPORAL)
-    top = plan.get("base", BASE) * multipliers[-1]
-    latent = 1 + (frames - 1) // 2 ** sum(temporal)
-    tokens = height * width // 4 ** len(temporal)
-    attention = 4.0 * latent * tokens**2 * top
+def vae_flops(frames: int, height: int, width: int, config: VAEConfig = PUBLISHED) -> tuple[float, float]:
+    """FLOP (2 per multiply-add) of one encode and one decode of `frames` (4k+1) video frames."""
+    tokens = height * width // config.spatial**2
+    attention = 4.0 * (1 + (frames - 1) // config.stride) * tokens**2 * config.top
     encode, decode = (
-        attention + sum(2.0 * c.width * c.out * c.taps * c.frames * c.pixels for c in convs)
-        for convs in vae_convs(frames, height, width, **plan)
+        attention + sum(2.0 * conv.width * conv.out * conv.taps * conv.after for conv in convs)
+        for convs in vae_convs(frames, height, width, config)
     )
     return encode, decode
 
 
-def vae_history_bytes(height: int, width: int, element: int = 2, **plan: Any) -> tuple[int, int]:
-    """Bytes an encode and a decode carry from window to window, at `element` bytes a number."""
+def vae_history(height: int, width: int, config: VAEConfig = PUBLISHED) -> tuple[int, int]:
+    """Numbers an encode and a decode carry from window to window."""
     encode, decode = (
-        element * sum(c.width * c.past * c.pixels_in for c in convs)
-        for convs in vae_convs(1, height, width, **plan)
+        sum(conv.width * conv.past for conv in convs) for convs in vae_convs(1, height, width, config)
     )
     return encode, decode
+
+
+def vae_memory(
+    height: int, width: int, window: int, latent_window: int, config: VAEConfig = PUBLISHED
+) -> tuple[int, int]:
+    """Numbers an encode and a decode hold at their peak beside weights, clip and result: an estimate.
+
+    Histories, plus what is alive in the widest conv: its input with history, its output, and the block's
+    own input. Workspaces of conv libraries are not counted.
+    """
+
+    def widest(convs: list[Conv]) -> int:
+        def alive(conv: Conv) -> int:
+            # A residual block keeps its input for the skip; an up-sampling conv's block input is 1/4 of it.
+            kept = conv.before if conv.taps == 27 else conv.before // 4
+            return conv.width * (conv.before + conv.past + kept) + conv.out * conv.after
+
+        return max(map(alive, convs))
+
+    history = vae_history(height, width, config)
+    encode, _ = vae_convs(window, height, width, config, lead=0)
+    _, decode = vae_convs(latent_window * config.stride, height, width, config, lead=0)
+    return history[0] + widest(encode), history[1] + widest(decode)
