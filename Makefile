@@ -35,6 +35,7 @@ check: lint build-cuda-objects test
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
 
@@ -78,5 +79,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(PIP) ruff mypy clang-format
+	@PATH="$(abspath $(BIN)):$$PATH" COSMOS_FAST_BUILD=none $(PIP) $$(sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@
