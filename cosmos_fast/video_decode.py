@@ -73,6 +73,12 @@ class Orientation:
     mirror_x: bool = False
     mirror_y: bool = False
 
+    @staticmethod
+    def from_exif(value: int) -> Orientation:
+        """Orientation of an EXIF tag, 1 to 8."""
+        bits = {1: 0b000, 2: 0b010, 3: 0b011, 4: 0b001, 5: 0b100, 6: 0b110, 7: 0b111, 8: 0b101}.get(value, 0)
+        return Orientation(bool(bits & 4), bool(bits & 2), bool(bits & 1))
+
     def apply(self, frame_HWC: np.ndarray) -> np.ndarray:
         """Upright view of a frame; H and W swap if `transpose`."""
         if self.transpose:
@@ -141,12 +147,13 @@ class Decoder:
         self.stream = self.videos[0]
         codec = self.stream.codec_context
         if codec is None:
-            raise MediaError(
-                f"{self.path}: its video codec must be one this FFmpeg decodes, got an unknown one."
-            )
+            hint = "The file is cut off, damaged, or of an unknown codec."
+            raise MediaError(f"{self.path}: must describe its video codec, got none known. {hint}")
         self.limits.check(self.path, codec.width, codec.height, max(self.frames_stated(), 1))
         # Also holds where the bitstream is larger than the header said.
         codec.options = {"max_pixels": str(min(self.limits.side**2, 2**31 - 1))}
+        if self.demuxer in IMAGE_FORMATS:
+            codec.options |= {"err_detect": "explode"}
         codec.thread_type = "AUTO"
 
     def frames_stated(self) -> int:
@@ -191,7 +198,11 @@ def _reason(error: Exception) -> str:
 
 def orientation_of(path: Path, frame: av.VideoFrame) -> Orientation:
     """Orientation from a frame's display matrix; only right angles and mirrors are accepted."""
-    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    try:
+        data = next((item for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    except ValueError:  # PyAV 18 cannot list side data of a type newer than itself, such as EXIF
+        turn = {0: 1, -90: 6, 90: 8, 180: 3, -180: 3}.get(round(frame.rotation), 1)
+        return Orientation.from_exif(turn)
     if data is None:
         return Orientation()
     # 16.16 fixed point: x' = a x + c y, y' = b x + d y, with y down.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +28,14 @@ from .video_decode import (
     is_transparent,
     orientation_of,
 )
-from .video_sniff import IMAGE_FORMATS, sniff, stat_regular
+from .video_sniff import IMAGE_FORMATS, jpeg_facts, sniff, stat_regular
 
 _STANDARD_RATES = sorted(
     {Fraction(n) for n in (*range(1, 61), 72, 75, 90, 100, 119, 120, 144, 240)}
     | {Fraction(n * 1000, 1001) for n in (24, 30, 48, 60, 120)}
     | {Fraction(25, 2), Fraction(15, 2)}
 )
+_TS_PACKET = 188
 OnCorrupt = Literal["fail", "warn"]
 _DEFAULT_LIMITS = Limits()
 
@@ -167,6 +169,10 @@ class _Pass:
     def _first(self, frame: av.VideoFrame) -> None:
         self.coded = (frame.width, frame.height)
         self.orientation = orientation_of(self.path, frame)
+        if self.decoder.demuxer == "jpeg_pipe":
+            exif, complete = jpeg_facts(self.path)
+            self.orientation = Orientation.from_exif(exif)
+            self.flagged += not complete
         sar = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
         sar = Fraction(sar.numerator, sar.denominator) if sar else Fraction(1)
         self.size = display_size(frame.width, frame.height, sar if sar > 0 else Fraction(1), self.orientation)
@@ -225,6 +231,9 @@ class _Pass:
         if not self.is_image and not missing and self.stream.codec_context.name != "vp8":
             missing = max(0, decoder.packets - self.frames)
             of = f" of {decoder.packets}" if missing else of
+        if decoder.demuxer == "mpegts":
+            self.notes.append("MPEG-TS does not say how long it is: a missing end cannot be noticed")
+            damaged += self.path.stat().st_size % _TS_PACKET != 0  # cut inside a packet
         total = max(damaged, missing)
         if total and on_corrupt == "fail":
             raise MediaError(
@@ -242,11 +251,15 @@ class _Pass:
         """
         stream = self.stream
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+        tick = _fraction(stream.time_base)
         declared = [rate for rate in map(_fraction, rates) if rate]
+        if tick and self.decoder.demuxer == "matroska":
+            declared = [
+                rate for rate in declared if rate * tick != 1
+            ]  # FFmpeg's guess where nothing is stated
         times = [time for time in self.times if time is not None]
         gaps = [later - time for time, later in zip(times, times[1:])]
         backward = sum(gap <= 0 for gap in gaps)
-        tick = _fraction(stream.time_base)
         if tick and times and times[0] * tick > Fraction(1, 2):
             self.notes.append(f"starts at {float(times[0] * tick):.3g} s: timestamps are moved to 0")
         if not tick or not gaps or backward or len(times) < len(self.times) or corrupt:
@@ -278,9 +291,14 @@ class _Pass:
 
     @staticmethod
     def _fits(times: list[int], tick: Fraction, rate: Fraction) -> bool:
-        """Whether every timestamp is within one tick of an even grid (both ends of a gap are rounded)."""
+        """Whether every timestamp lies on an even grid, give or take rounding at both ends of a gap.
+
+        Timestamps may have been rounded more coarsely than the file's own tick, typically to milliseconds.
+        """
+        grain = gcd(*(time - times[0] for time in times))
+        slack = max(1, min(grain, Fraction(1, 1000) / tick))
         step = 1 / (rate * tick)
-        return all(abs(t - times[0] - k * step) <= 1 for k, t in enumerate(times))
+        return all(abs(time - times[0] - index * step) <= slack for index, time in enumerate(times))
 
 
 def _fraction(value: Any) -> Fraction | None:

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Literal
 
 from .formats import MediaError
 
@@ -90,6 +91,33 @@ def sniff(path: Path) -> str:
             "Rename or replace the file."
         )
     return demuxer
+
+
+def jpeg_facts(path: Path) -> tuple[int, bool]:
+    """EXIF orientation (1 if absent) and whether the picture data reaches its end marker."""
+    data = path.read_bytes()
+    position, orientation = 2, 1
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == 0xE1:
+            orientation = _exif_orientation(data[position + 4 : position + 2 + length]) or orientation
+        position += 2 + length
+        if marker == 0xDA:  # picture data follows; in it 0xFF is always escaped
+            return orientation, data.find(b"\xff\xd9", position) >= 0
+    return orientation, False
+
+
+def _exif_orientation(segment: bytes) -> int | None:
+    if not segment.startswith(b"Exif\0\0"):
+        return None
+    tiff = segment[6:]
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    first = int.from_bytes(tiff[4:8], order)
+    for index in range(int.from_bytes(tiff[first : first + 2], order)):
+        entry = tiff[first + 2 + 12 * index :][:12]
+        if len(entry) == 12 and int.from_bytes(entry[:2], order) == 0x0112:
+            return int.from_bytes(entry[8:10], order)
+    return None
 
 
 def _demuxer(head: bytes) -> str | None:
