@@ -99,10 +99,11 @@ def clean(file: TensorFile) -> Checkpoint:
 
 
 def _open_diffusers(path: Path) -> Checkpoint:
+    files = {component: open_tensors(path / component) for component in ("transformer", "controlnet")}
     found = {
         (component, name): tensor
-        for component in ("transformer", "controlnet")
-        for name, tensor in open_tensors(path / component).tensors.items()
+        for component, file in files.items()
+        for name, tensor in file.tensors.items()
     }
 
     def count(component: str, prefix: str) -> int:
@@ -129,7 +130,7 @@ def _open_diffusers(path: Path) -> Checkpoint:
             else:
                 tensors[name] = tensor
     tensors |= {f"{component}/{name}": tensor for (component, name), tensor in found.items()}
-    return Checkpoint(path, "diffusers", tensors, (), {}, tuple(copies))
+    return Checkpoint(path, "diffusers", tensors, (), files["transformer"].metadata, tuple(copies))
 
 
 def is_same(a: LazyTensor, b: LazyTensor, is_compared_fully: bool = True) -> bool:

@@ -148,12 +148,12 @@ def locate(checkpoint: str | Path | Mapping[str, str | Path], model: str | None 
         raise CheckpointError(f"model: must be one of {', '.join(MODELS)}, got {model!r}.")
     if isinstance(checkpoint, Mapping):
         files: dict[str, Path] = {}
-        for control, where in checkpoint.items():
-            one = resolve(where)
+        for control, given in checkpoint.items():
+            one = resolve(given)
             if control not in CONTROLS or isinstance(one, dict):
                 raise CheckpointError(
                     f"checkpoint: must give one file for a control ({', '.join(CONTROLS)}), "
-                    f"got {control}={where}."
+                    f"got {control}={given}."
                 )
             files[control] = one
         return _pick(files, model or (MULTI if len(files) > 1 else None), "checkpoint")

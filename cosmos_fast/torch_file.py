@@ -216,8 +216,9 @@ def _from_state_dict(path: Path, state: Any) -> TensorFile:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a state dict, got {type(state).__name__}.")
     tensors = {str(k): v for k, v in state.items() if isinstance(v, LazyTensor)}
-    skipped = tuple(str(k) for k, v in state.items() if not isinstance(v, LazyTensor))
-    return TensorFile(path, "pt", tensors, skipped)
+    metadata = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, str)}
+    skipped = tuple(str(k) for k in state if k not in tensors and k not in metadata)
+    return TensorFile(path, "pt", tensors, skipped, metadata)
 
 
 # ---------------------------------------------------------------------------------- distributed checkpoints
