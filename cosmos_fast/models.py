@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from . import registry
+from .checkpoint import open_checkpoint
+from .config import NetworkConfig
 from .formats import CONTROLS, CheckpointError, SpecError
 from .planning import DISTILLED, MODELS
 
@@ -83,3 +87,49 @@ def locate_vae(vae: str | Path | None, beside: Located) -> Path:
     if not isinstance(path, Path):
         raise CheckpointError(f"vae: must be one file or folder, got a folder of control networks: {vae}.")
     return path
+
+
+CARD = "model.json"
+"""Beside a checkpoint that is not the published one: what its tensors do not tell, such as chunk lengths."""
+
+
+def beside(checkpoint: str | Path, name: str) -> Path | None:
+    """A file that belongs to a local checkpoint: in its folder, or in one of three folders above."""
+    path = Path(checkpoint).expanduser()
+    if not path.exists():
+        return None
+    home = path if path.is_dir() else path.parent
+    return next(
+        (found for folder in (home, *list(home.parents)[:3]) if (found := folder / name).exists()), None
+    )
+
+
+def model_card(checkpoint: str | Path | None) -> dict[str, Any]:
+    """The card of a local checkpoint: {"chunk_frames": [...]}; empty for the published ones."""
+    path = beside(checkpoint, CARD) if checkpoint else None
+    if path is None:
+        return {}
+    try:
+        card = json.loads(path.read_text())
+        lengths = card.get("chunk_frames", [])
+        if not all(type(n) is int and n > 0 and n % 4 == 1 for n in lengths):
+            raise ValueError(f"chunk_frames must be 4k+1 frames, got {lengths}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: must be a JSON object about the model, got: {error}.") from None
+    return card
+
+
+def local_configs(checkpoint: str | Path | None, model: str) -> dict[str, NetworkConfig]:
+    """Network sizes by model, from the headers of a local checkpoint; empty where nothing local is named."""
+    if checkpoint is None or not Path(checkpoint).expanduser().exists():
+        return {}
+    configs = {}
+    for name in MODELS if model == "auto" else (model,):
+        try:
+            first = locate(checkpoint, name).first
+            config = open_checkpoint(first).config("distilled" if name == DISTILLED else "single")
+        except CheckpointError:
+            continue  # this checkpoint does not hold that model; a clip that needs it fails when it is opened
+        multi = name == registry.MULTI and config.branches == 1
+        configs[name] = replace(config, branches=len(CONTROLS), image_width=None) if multi else config
+    return configs

@@ -1,0 +1,333 @@
+"""The command line: parse, call, print. Results on stdout, everything else on stderr.
+
+Exit codes: 0 all clips done (or already done), 1 some clips failed, 2 bad usage or invalid specs and nothing
+started, 3 the environment must change first, 130 or 143 interrupted with the state resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .formats import CONTROLS, CosmosFastError, MediaError, SpecError
+
+SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
+PATHS = click.Path(path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns this package's own errors into a message and an exit code; anything else is a bug and shows itself."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (SpecError, MediaError) as error:
+            for problem in getattr(error, "problems", [str(error)]):
+                click.echo(f"error: {problem}", err=True)
+            ctx.exit(SPEC_ERROR)
+        except CosmosFastError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(getattr(error, "exit_code", ENVIRONMENT_ERROR))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cosmos-fast")
+def main() -> None:
+    """Controllable video generation with Cosmos-Transfer2.5-2B."""
+
+
+def overrides(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option per spec field, and --set for fields of a control."""
+    from .spec import Spec
+
+    command = click.option(
+        "--set", "control_fields", multiple=True, metavar="CONTROL.FIELD=VALUE",
+        help="Override a field of a control, e.g. --set edge.control_weight=0.5. Repeatable.",
+    )(command)  # fmt: skip
+    for name, field in reversed(list(Spec.model_fields.items())):
+        if name in ("name", "output_dir", *CONTROLS):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if field.annotation is bool:
+            command = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=field.description)(
+                command
+            )
+        else:
+            command = click.option(flag, name, default=None, metavar="VALUE", help=field.description)(command)
+    return command
+
+
+def read_overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Options given on the command line as spec values: JSON where the text is JSON, else the text."""
+    from .spec import Spec
+
+    changes = {key: value(options[key], key) for key in Spec.model_fields if options.get(key) is not None}
+    for pair in options.get("control_fields", ()):
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise SpecError(f"--set: must be CONTROL.FIELD=VALUE, got {pair!r}.")
+        changes[key] = value(text, key)
+    return changes
+
+
+def value(given: Any, key: str) -> Any:
+    if not isinstance(given, str) or key.rpartition(".")[2] in (
+        "prompt",
+        "negative_prompt",
+        "control_prompt",
+        "mask_prompt",
+    ):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError:
+        return given
+
+
+model_options = [
+    click.option("--model", default="auto", show_default=True, help="auto, edge, vis, depth, seg, multi or edge/distilled."),
+    click.option("--on-corrupt", type=click.Choice(["fail", "warn"]), default="fail", show_default=True,
+                 help="What to do with an input that decodes with damage."),
+    click.option("--skip-invalid", is_flag=True, help="Run the clips that are valid; exit 1 for the others."),
+]  # fmt: skip
+
+
+def with_model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(model_options):
+        command = option(command)
+    return command
+
+
+def checked_batch(specs: tuple[Path, ...], options: dict[str, Any], **preflight_options: Any) -> Any:
+    """The whole batch, checked without weights or a GPU; SpecError lists every problem of every clip."""
+    from .planning import preflight
+    from .spec import load_specs, load_valid_specs
+
+    changes, strict = read_overrides(options), not options["skip_invalid"]
+    problems: list[str] = []
+    if strict:
+        found = load_specs(specs, changes)
+    else:
+        found, problems = load_valid_specs(specs, changes)
+    batch = preflight(
+        found, options["model"], makers=("edge", "vis"), on_corrupt=options["on_corrupt"], strict=strict,
+        **preflight_options,
+    )  # fmt: skip
+    problems += batch.problems
+    for problem in problems:
+        click.echo(f"error: {problem}", err=True)
+    if problems and not batch.clips:
+        raise SpecError("no clip is valid.")
+    return batch, bool(problems), found
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, type=PATHS)
+@click.option(
+    "-o", "--output-dir", "folder", type=PATHS, help="Folder for results; default: output_dir of the spec."
+)
+@click.option("--checkpoint", help="File, folder or published id; default: the published files of --model.")
+@click.option(
+    "--vae", help="Video VAE file or folder; default: beside the checkpoint, else the published one."
+)
+@click.option("--text-embeddings", type=PATHS, help="Embeddings of the prompts (tools/make_embeddings.py).")
+@click.option("--recipe", default="exact", show_default=True, help="Precision: exact (bf16) or fp32.")
+@click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
+@click.option("--vae-window", type=int, default=16, show_default=True, help="Frames the VAE encodes at once.")
+@click.option("--codec", default="libx264", show_default=True, help="libx264, libx265 or libsvtav1.")
+@click.option("--resume", is_flag=True, help="Keep clips that are finished and unchanged.")
+@click.option(
+    "--grace", default=30.0, show_default=True, help="Seconds a clip may still take after an interrupt."
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, make nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@with_model_options
+@overrides
+def generate(specs: tuple[Path, ...], **options: Any) -> None:
+    """Make the clips that SPECS (.json, .jsonl or folders of them) ask for."""
+    from .guards import StopFlag, Stopped
+    from .outputs import OutputFolder
+    from .progress import Progress
+    from .recipe import Plan, Recipe
+    from .sidecar import environment
+
+    try:
+        recipe = Recipe.preset(options["recipe"])
+        plan = Plan(device=options["device"], vae_encode_window=options["vae_window"])
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    lengths = chunk_lengths(options["checkpoint"])
+    batch, some_invalid, found = checked_batch(
+        specs,
+        options,
+        recipe=recipe,
+        plan=plan,
+        configs=known_configs(options["checkpoint"], options["model"]),
+        **lengths,
+    )
+    if options["dry_run"]:
+        click.echo(batch.as_table())
+        return
+    folder = OutputFolder(output_folder(options["folder"], found))
+    from .engine import Engine
+    from .report import gpu_record
+    from .runner import Options, run_batch
+
+    def open_engine(model: str) -> Engine:
+        engine = Engine(
+            options["checkpoint"], model=model, vae=options["vae"], text=text_encoder(options), recipe=recipe,
+            plan=plan, **lengths,
+        )  # fmt: skip
+        folder.write_run(
+            environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
+        )
+        return engine
+
+    with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
+        try:
+            summary = run_batch(
+                batch, open_engine, folder, options=Options(options["codec"], options["resume"]), stop=stop,
+                progress=progress.step, report=progress.line,
+            )  # fmt: skip
+        except Stopped as stopped:
+            progress.line(str(stopped))
+            sys.exit(stopped.exit_code)
+    for name in (*summary.skipped, *summary.done):
+        click.echo(folder.clip(name).media(next(c.frames for c in batch.clips if c.name == name)))
+    sys.exit(1 if summary.failed or some_invalid else 0)
+
+
+def output_folder(given: Path | None, specs: list[Any]) -> Path:
+    if given is not None:
+        return given
+    named = {spec.output_dir for spec in specs}
+    if len(named) != 1 or None in named:
+        raise SpecError("output folder: must be given with -o, or be one output_dir shared by all specs.")
+    return Path(named.pop())
+
+
+def text_encoder(options: dict[str, Any]) -> Any:
+    """The prompt encoder that goes with the checkpoint."""
+    from .models import beside
+    from .text import FileText, TinyText
+
+    if options["text_embeddings"] is not None:
+        return FileText(options["text_embeddings"])
+    if options["checkpoint"] and (small := beside(options["checkpoint"], "text.safetensors")):
+        return TinyText.load(small)
+    raise SpecError(
+        "text: this checkpoint needs embeddings of its prompts, got none. Pass --text-embeddings FILE."
+    )
+
+
+def chunk_lengths(checkpoint: str | None) -> dict[str, Any]:
+    """Frames per chunk the checkpoint was made for, where a model.json beside it says so."""
+    from .models import model_card
+
+    card = model_card(checkpoint)
+    return {"chunk_lengths": tuple(card["chunk_frames"])} if "chunk_frames" in card else {}
+
+
+def known_configs(checkpoint: str | None, model: str) -> dict[str, Any]:
+    """Network sizes read from the header of a local checkpoint, for the plan; published sizes otherwise."""
+    from .models import local_configs
+
+    return local_configs(checkpoint, model)
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, type=PATHS)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--checkpoint", help="Local checkpoint whose sizes to plan with; default: the published ones.")
+@with_model_options
+@overrides
+def plan(specs: tuple[Path, ...], as_json: bool, checkpoint: str | None, **options: Any) -> None:
+    """Check SPECS and print chunks, shapes, FLOPs and memory. Needs no GPU and no weights."""
+    configs = known_configs(checkpoint, options["model"])
+    batch, some_invalid, _ = checked_batch(specs, options, configs=configs, **chunk_lengths(checkpoint))
+    click.echo(batch.as_json() if as_json else batch.as_table())
+    sys.exit(1 if some_invalid else 0)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec."""
+    from .spec import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", help="Device to explain; default: a GPU when there is one, else the CPU.")
+def info(as_json: bool, device: str | None) -> None:
+    """Show this machine: devices, versions, codecs, and which implementation each op would use and why."""
+    from .report import machine
+
+    record = machine(device)
+    click.echo(json.dumps(record, indent=2) if as_json else record_text(record))
+
+
+def record_text(record: dict[str, Any]) -> str:
+    lines = [f"{key}: {item}" for key, item in record.items() if key != "ops"]
+    for dtype, ops in record["ops"].items():
+        lines.append(f"ops on {record['device']} in {dtype}:")
+        for op in ops:
+            lines.append(f"  {op['op']:<16} {op['chosen']}")
+            lines += [f"  {'':<16}   not {name}: {why}" for name, why in op["others"].items()]
+    return "\n".join(lines)
+
+
+@main.group()
+def checkpoint() -> None:
+    """Look into weight files, or convert them."""
+
+
+@checkpoint.command()
+@click.argument("path", type=PATHS)
+@click.option("--finite", is_flag=True, help="Also read every tensor and look for NaN and infinities.")
+def inspect(path: Path, finite: bool) -> None:
+    """Say what PATH holds. Exit 3 if it cannot be used."""
+    from .checkpoint import inspect as look
+
+    report = look(path, is_finite_checked=finite)
+    click.echo(f"{report.path}: {report.format}, {report.kind}")
+    click.echo(f"{report.tensors} tensors, {report.parameters:,} parameters, {report.dtypes}")
+    if report.config is not None:
+        click.echo(f"config: {report.config.to_json()}")
+    click.echo(f"ignored: {len(report.ignored)} entries")
+    for problem in report.problems:
+        click.echo(f"error: {problem}", err=True)
+    sys.exit(ENVIRONMENT_ERROR if report.problems else 0)
+
+
+@checkpoint.command()
+@click.argument("source")
+@click.argument("target", type=PATHS)
+@click.option("--dtype", type=click.Choice(["bf16", "fp32", "keep"]), default="bf16", show_default=True)
+@click.option(
+    "--model", type=click.Choice(["single", "distilled"]), help="What the tensors alone do not tell."
+)
+def convert(source: str, target: Path, dtype: str, model: str | None) -> None:
+    """Write SOURCE (any readable form, or a published id) as one safetensors file TARGET."""
+    import torch
+
+    from . import registry
+    from .checkpoint import convert as rewrite
+
+    path = registry.resolve(source)
+    if not isinstance(path, Path):
+        raise SpecError(f"convert: must name one network, got {', '.join(path)} in {source}.")
+    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}[dtype]
+    report = rewrite(path, target, wanted, model=model)
+    click.echo(f"{target}: {report.kind}, {report.tensors} tensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Progress of a batch: a bar with clip, chunk, step and ETA on a terminal, plain lines elsewhere. On stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .clip_plan import ClipPlan
+    from .engine import Step
+
+QUIET_LINES_S = 30.0
+"""At most one progress line in so many seconds when stderr is not a terminal."""
+
+
+class Progress:
+    """Counts network steps over the whole batch. Use as a context manager."""
+
+    def __init__(self, clips: Sequence[ClipPlan], *, quiet: bool = False) -> None:
+        from tqdm import tqdm
+
+        self.clips = {clip.name: i for i, clip in enumerate(clips, start=1)}
+        self.total = sum(clip.steps * len(clip.chunks) for clip in clips)
+        self.quiet, self.is_terminal = quiet, sys.stderr.isatty()
+        self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
+        self._bar = tqdm(
+            total=self.total, unit="step", disable=quiet or not self.is_terminal, file=sys.stderr
+        )
+
+    def step(self, step: Step) -> None:
+        """Called after every denoising step."""
+        self.done += 1
+        where = (
+            f"clip {self.clips.get(step.name, '?')}/{len(self.clips)} {step.name} "
+            f"chunk {step.chunk + 1}/{step.chunks} step {step.step}/{step.steps}"
+        )
+        self._bar.set_description(where, refresh=False)
+        self._bar.update()
+        now = time.monotonic()
+        if (
+            not self.is_terminal
+            and not self.quiet
+            and (now - self._last >= QUIET_LINES_S or step.step == step.steps)
+        ):
+            self._last = now
+            pace = (now - self._start) / self.done
+            print(
+                f"{where}, {pace:.2f} s/step, ETA {max(self.total - self.done, 0) * pace:.0f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def line(self, text: str) -> None:
+        """One line about a clip, above the bar."""
+        if self.is_terminal and not self.quiet:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,49 @@
+"""What this machine can do, for `cosmos-fast info` and for the record beside every batch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+
+from . import _native, dispatch, ops
+from .sidecar import environment
+from .video import CODECS
+
+
+def gpu_record(device: torch.device) -> dict[str, Any] | None:
+    """Name, memory and capability of a CUDA device; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+    }  # fmt: skip
+
+
+def machine(wanted: str | None = None) -> dict[str, Any]:
+    """Everything `cosmos-fast info` prints, JSON-ready."""
+    device = dispatch.pick_device(wanted)
+    cache = Path(os.path.expanduser("~")) / ".cache" / "huggingface"
+    folder = cache if cache.exists() else Path.home()
+    dtypes = (torch.bfloat16, torch.float32)
+    assert ops.EPS > 0  # importing ops is what fills the table that `explain` reads
+    return {
+        **environment(gpu_record(device)),
+        "device": str(device),
+        "extension": _native.build_info(),
+        "codecs": [name for name in CODECS if name in av.codecs_available],
+        "cache": f"{cache} ({shutil.disk_usage(folder).free / 2**30:.0f} GiB free)",
+        "ops": {
+            str(dtype).removeprefix("torch."): [
+                {"op": name, "chosen": chosen, "others": others}
+                for name, chosen, others in dispatch.explain(device, dtype)
+            ]
+            for dtype in dtypes
+        },
+    }
