@@ -15,6 +15,7 @@ from . import costs
 from .chunking import chunk_plan, read_label_mask
 from .clip_plan import BatchPlan, ClipPlan
 from .config import NetworkConfig
+from .control_spec import Control
 from .formats import CHUNK_FRAMES, CONTROLS, CosmosFastError, SpecError, model_size
 from .outputs import name_problems
 from .recipe import Plan, Recipe
@@ -122,17 +123,17 @@ class _Check:
             )
         return found
 
-    def needs_maker(self) -> None:
-        for key, control in self.spec.controls.items():
-            if control.control_path is None and key not in self.makers:
-                self.problems.append(
-                    f"{key}: control_path is required, got none. Nothing here computes {key} from the input."
-                )
-            if control.mask_prompt is not None and control.mask_path is None and "mask" not in self.makers:
-                self.problems.append(
-                    f"{key}.mask_prompt: mask_path is required, got a prompt alone. "
-                    "Nothing here segments the input by text."
-                )
+    def needs_maker(self, key: str, control: Control) -> None:
+        """A control or mask without a file needs something that computes it."""
+        if control.control_path is None and key not in self.makers:
+            self.problems.append(
+                f"{key}: control_path is required, got none. Nothing here computes {key} from the input."
+            )
+        if control.mask_prompt is not None and control.mask_path is None and "mask" not in self.makers:
+            self.problems.append(
+                f"{key}.mask_prompt: mask_path is required, got a prompt alone. "
+                "Nothing here segments the input by text."
+            )
 
     def guided(self, model: str, source: Probe | None, needed: int) -> tuple[int, int, int] | None:
         path, key = self.spec.guided_generation_mask, "guided_generation_mask"
@@ -209,12 +210,12 @@ def _plan_clip(
             "num_video_frames_per_chunk: must be a length the models were trained for "
             f"({', '.join(map(str, chunk_lengths))}), got {length}."
         )
-    check.needs_maker()
     frames = _frames(spec, source, check) if source else 0
     controls: dict[str, Probe | None] = {}
     masks: dict[str, Probe] = {}
     for key, control in spec.controls.items():
         controls[key] = None
+        check.needs_maker(key, control)
         for name, path in (("control_path", control.control_path), ("mask_path", control.mask_path)):
             if path is None:
                 continue
