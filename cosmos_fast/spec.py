@@ -42,14 +42,13 @@ CONTROL_PROMPT_WORDS: Final = 128
 Problem = tuple[jsonc.KeyPath, str]
 """Key path and the sentence about it."""
 
-Integer = Annotated[int, BeforeValidator(rules.number)]
+_NUMBER = BeforeValidator(rules.number)
+Integer = Annotated[int, _NUMBER]
 _Labels = Annotated[tuple[Integer, ...], Field(min_length=1, max_length=65536)]
 _MAX_FAULTS: Final = 100
 _PATH_ENDINGS: Final = ("_path", "_mask", "_dir")
 _RESOLUTION_SCHEMA = {"enum": [*RESOLUTIONS, *(int(key) for key in RESOLUTIONS if key.isdigit())]}
-_SIGMA_SCHEMA = {
-    "anyOf": [{"type": "string"}, {"type": "number", "minimum": 0, "maximum": 200}, {"type": "null"}]
-}
+_SIGMA_SCHEMA = {"type": ["string", "number", "null"], "minimum": 0, "maximum": 200}
 
 
 class _Faults(SpecError):
@@ -95,10 +94,10 @@ class Spec(BaseModel):
         description="Whole guidance scale g in cond + g * (cond - uncond); ignored when distilled.",
     )
     video_path: MediaFile = Field(description="Input video or image: sets size, frame rate and frame count.")
-    max_frames: Annotated[Integer, Field(ge=1, lt=2**31)] | None = Field(
+    max_frames: Annotated[int, Field(ge=1, lt=2**31), _NUMBER] | None = Field(
         None, description="Use only the first so many frames of the input; null uses all."
     )
-    context_frame_index: Annotated[Integer, Field(ge=0, lt=2**31)] | None = Field(
+    context_frame_index: Annotated[int, Field(ge=0, lt=2**31), _NUMBER] | None = Field(
         None, description="Input frame used as style image; goes before image_context_path."
     )
     image_context_path: MediaFile | None = Field(
@@ -116,7 +115,7 @@ class Spec(BaseModel):
     num_video_frames_per_chunk: Annotated[Integer, AfterValidator(rules.chunk_frames)] = Field(
         CHUNK_FRAMES, ge=1, lt=2**31, description="Frames per chunk, 4k+1: 93 for video, 1 for images."
     )
-    num_steps: Annotated[Integer, Field(ge=1, le=250)] | None = Field(
+    num_steps: Annotated[int, Field(ge=1, le=250), _NUMBER] | None = Field(
         None, description="Sampling steps; null takes the model's own: 35, or 4 when distilled."
     )
     show_control_condition: bool = Field(False, description="Show the controls to the left of the result.")
