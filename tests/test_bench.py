@@ -1,0 +1,38 @@
+"""The benchmarks run, on the CPU too, and a record says what it is a record of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_benchmark_option_records_candidates_side_by_side(tmp_path: Path) -> None:
+    done = run("--benchmark", "--benchmark-cpu", f"--benchmark-results={tmp_path}", "-k", "adaln and small")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/*-adaln.json")
+    record = json.loads(path.read_text())
+    assert record["environment"]["torch"] == torch.__version__ and record["environment"]["date"]
+    rows = [row for row in record["rows"] if row["op"] == "residual_adaln" and row["case"] == "small"]
+    assert "reference" in {row["candidate"] for row in rows}
+    for row in rows:
+        assert row["median_ms"] > 0 and row["iqr_ms"] >= 0 and row["launches"] >= 7
+        assert row["bytes"] == 4 * 64 * 256 * 2
+
+
+def test_benchmarks_say_why_they_skip_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        return
+    done = run("--benchmark", "-rs", "-k", "adaln")
+    assert "needs a CUDA device; --benchmark-cpu" in done.stdout, done.stdout
+    assert " passed" not in done.stdout
