@@ -72,10 +72,7 @@ def attention(L: int, S: int, N: int, K: int, *, precision: str = "bf16") -> Wor
 
 def measure_peaks(device: torch.device) -> Peaks:
     """Copy of 2 GiB, 8192-cubed GEMMs on normal data; medians of 10 timed after the clocks settled."""
-    source = torch.empty(2**30, dtype=torch.bfloat16, device=device).normal_()
-    target = torch.empty_like(source)
-    copy_s = _median_s(lambda: target.copy_(source))
-    del source, target
+    copy_s = _copy_s(device)
     a, b = (torch.randn(GEMM, GEMM, dtype=torch.bfloat16, device=device) for _ in range(2))
     bf16_s = _median_s(lambda: a @ b)
     flops = gemm(GEMM, GEMM, GEMM).flops
@@ -83,6 +80,12 @@ def measure_peaks(device: torch.device) -> Peaks:
     return Peaks(
         2 * 2**31 / copy_s / 1e9, flops / bf16_s / 1e12, flops / _median_s(fp8) / 1e12 if fp8 else None
     )
+
+
+def _copy_s(device: torch.device) -> float:
+    source = torch.empty(2**30, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    return _median_s(lambda: target.copy_(source))
 
 
 def _fp8_gemm(a: Tensor, b: Tensor) -> Callable[[], Tensor] | None:
