@@ -136,7 +136,10 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     try:
         # clone: safetensors refuses tensors that share memory, such as one embedding under two prompts.
         owned = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        part.touch()
+        mode = part.stat().st_mode
         save_file(owned, part, metadata=metadata)
+        part.chmod(mode)  # safetensors leaves 0600, which hides the file from a group
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -31,6 +31,8 @@ def test_file_round_trip(tmp_path):
         assert torch.equal(tensor, table[prompt])
     assert "A robot." in text and "A robot" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "e.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_prompt_key_is_the_sha256_of_utf8():
