@@ -251,7 +251,8 @@ def open_dcp(folder: Path) -> TensorFile:
         described, stored = _fields(root, "Metadata", "state_dict_metadata", "storage_data")
         places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
         for index, info in stored.items():
-            name, offset = _fields(index, "MetadataIndex", "fqn", "offset")
+            (name,) = _fields(index, "MetadataIndex", "fqn")
+            offset = index.state.get("offset")  # absent for what is not a tensor
             file, begin, length = _fields(info, "_StorageInfo", "relative_path", "offset", "length")
             if info.state.get("transform_descriptors"):
                 raise ValueError(f"'{name}' is stored through a transform")
