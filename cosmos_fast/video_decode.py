@@ -32,6 +32,7 @@ _ATTACHED_PICTURE = 0x400
 # swscale knows these matrices by the same number as the H.273 tag; 6 is another name of 5 and 10 of 9.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 _BT601, _LIMITED, _FULL = 5, 1, 2
+_EXPAND_GREY = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
 _RGB_FLAGS = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
@@ -269,6 +270,8 @@ class RGBConverter:
             interpolation=_RGB_FLAGS,
         )
         pixels = out.to_ndarray()
+        if frame.color_range == _LIMITED and frame.format.name.startswith("gray"):
+            pixels = _EXPAND_GREY[pixels]  # swscale takes all grey as full range
         if alpha:
             pixels = _over(pixels, self.background)
         upright = np.ascontiguousarray(self.orientation.apply(pixels))

@@ -278,9 +278,11 @@ class _Pass:
             return measured
         stated = (declared or [measured])[0]
         nearby = sorted(_STANDARD_RATES, key=lambda rate: abs(rate - stated))[:2]
-        # A container that rounds the rate itself (Matroska, to nanoseconds) means the standard one.
-        same = [rate for rate in nearby if abs(rate / stated - 1) < Fraction(1, 10**6)]
-        for rate in (*same, *declared, *nearby, measured):
+        # Matroska states the rate, rounded to nanoseconds; MP4 only implies it by its rounded timestamps, so there
+        # the standard rate that explains them is meant.
+        trust = Fraction(1, 1000) if self.decoder.demuxer == "mov" else Fraction(1, 10**6)
+        meant = [rate for rate in nearby if abs(rate / stated - 1) < trust]
+        for rate in (*meant, *declared, *nearby, measured):
             if self._fits(times, tick, rate):
                 return rate
         shown = f"{float(min(gaps) * tick):.4g} to {float(max(gaps) * tick):.4g} s"

@@ -88,7 +88,10 @@ class Writer:
             self._open()
         except (av.FFmpegError, OSError, ValueError) as error:
             self.abort()
-            raise EnvironmentProblem(f"{self.path}: must be writable with {codec}, got: {error}.") from error
+            asked = f"{codec} at {self.size[0]}x{self.size[1]}, {self.fps} fps"
+            raise EnvironmentProblem(
+                f"{self.path}: must be writable with {asked}, got: {error}. Other codecs: {_others(codec)}."
+            ) from error
 
     def _open(self) -> None:
         spec = CODECS[self.codec]
@@ -262,10 +265,13 @@ def _check_encoder(name: str) -> None:
     try:
         av.codec.Codec(name, "w")
     except ValueError:
-        others = ", ".join(other for other in CODECS if other != name and _has_encoder(other)) or "none"
         raise EnvironmentProblem(
-            f"Writer: codec {name} must be in this PyAV's FFmpeg, got no such encoder. Available: {others}."
+            f"Writer: {name} must be in this PyAV's FFmpeg, got no such encoder. Other codecs: {_others(name)}."
         ) from None
+
+
+def _others(name: str) -> str:
+    return ", ".join(other for other in CODECS if other != name and _has_encoder(other)) or "none"
 
 
 def _has_encoder(name: str) -> bool:
