@@ -1,0 +1,24 @@
+"""Recipe and Plan: what they say, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from cosmos_fast.recipe import Plan, Recipe
+
+
+def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
+    assert str(Recipe.exact()) == "Recipe(name='exact', dtype='bf16', linear='bf16', attention='bf16')"
+    assert Recipe() == Recipe.exact() and Recipe.fp32().to_dict()["dtype"] == "fp32"
+    for bad in ({"dtype": "fp16"}, {"linear": "fp8"}, {"attention": "int8"}, {"name": ""}):
+        with pytest.raises(ValueError, match=f"recipe: {next(iter(bad))} must be"):
+            Recipe(**bad)
+    with pytest.raises(ValueError, match="one of exact, fp32"):
+        Recipe.preset("fast")
+    assert Plan(device="cuda:1").to_dict()["device"] == "cuda:1" and "\n" not in str(Plan())
+    for bad in (
+        {"device": "tpu"}, {"device": "cuda:x"}, {"context": 2}, {"cfg": 2}, {"cfg": True},
+        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"plan: {next(iter(bad))} must be"):
+            Plan(**bad)  # type: ignore[arg-type]
