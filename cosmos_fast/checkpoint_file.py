@@ -51,16 +51,22 @@ class Checkpoint:
         return found.pop() if len(found) == 1 else None
 
     def config(self, model: str | None = None) -> NetworkConfig:
-        """Sizes from the file's own metadata, else from its shapes, `model` and published file name."""
-        if CONFIG_KEY in self.metadata:
-            try:
-                return NetworkConfig.from_json(self.metadata[CONFIG_KEY])
-            except ValueError as error:
-                raise CheckpointError(f"{self.path}: metadata '{CONFIG_KEY}' is unusable: {error}") from None
+        """Sizes from the file's own metadata, else from its shapes and published name, else `model`.
+
+        Raises CheckpointError when `model` contradicts what the file says.
+        """
         try:
-            return infer_config(self.shapes, model=model or self.model)
-        except CheckpointError as error:
+            if CONFIG_KEY in self.metadata:
+                config = NetworkConfig.from_json(self.metadata[CONFIG_KEY])
+            else:
+                config = infer_config(self.shapes, model=self.model or model)
+        except (CheckpointError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {error}") from None
+        is_distilled = config.timestep_scale == 1.0
+        if model and is_distilled != (model == "distilled"):
+            what = "the distilled network" if is_distilled else "not the distilled network"
+            raise CheckpointError(f"{self.path}: is {what}, got model '{model}'.")
+        return config
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

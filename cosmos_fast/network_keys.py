@@ -206,8 +206,8 @@ def looks_like(names: Collection[str]) -> str:
 def infer_config(shapes: Mapping[str, Shape], *, model: str | None = None) -> NetworkConfig:
     """Sizes of the network whose published shapes these are.
 
-    Shapes cannot tell the distilled network from an older single one without image context: `model`
-    "distilled" sets the unscaled times. Token counts are those of the published models.
+    Shapes cannot tell the distilled network from an older single one without image context: for such a
+    network `model` "distilled" sets the unscaled times. Token counts are those of the published models.
     """
     if foreign := looks_like(shapes):
         raise CheckpointError(f"weights: expected a Cosmos-Transfer2.5 network, got {foreign}.")
@@ -239,7 +239,7 @@ def infer_config(shapes: Mapping[str, Shape], *, model: str | None = None) -> Ne
             image_width=image[1] if image else None,
             control_every=math.ceil(blocks / controls),
             branches=count("control_embedder.") if is_multi else 1,
-            timestep_scale=1.0 if model == "distilled" else 0.001,
+            timestep_scale=1.0 if model == "distilled" and not (image or is_multi) else 0.001,
             control_modalities=(control_in // PATCH**2 - 2) // latent,
             latent_channels=latent,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -100,11 +100,11 @@ def resolve(
     *,
     local_dir: str | Path | None = None,
 ) -> Path | dict[str, Path]:
-    """Path of a model on this disk, downloading it when needed; for several models a path for each id.
+    """Path of a model on this disk, downloading it when needed; for several controls a path for each.
 
     Takes a published id or uuid ('edge', 'edge/distilled', 'vae', 'multi' for all four), a local file or
     folder, or 'hf://org/repo[@revision]/file'. An id comes before a folder of that name; write './edge' for
-    the folder. A folder laid out like the published repository gives {id: path} of what it holds. Ids are
+    the folder. A folder laid out like the published repository gives {control: path} of what it holds. Ids are
     looked for in `local_dir`, laid out likewise, before anything is downloaded. Raises CheckpointError
     for a name that means nothing and EnvironmentProblem, with the one thing to do, when a download fails.
     """
@@ -122,122 +122,11 @@ def resolve(
             f"checkpoint: must be an existing path, hf://org/repo/file or a published id, got {name!r}. "
             f"Published ids: {ids}."
         )
-    if path.is_dir() and (found := _inside(path)):
-        return found if len(found) > 1 else next(iter(found.values()))
+    if path.is_dir():
+        found = {control: find_local(path, _BY_ID[control]) for control in CONTROLS}
+        if held := {control: file for control, file in found.items() if file is not None}:
+            return held
     return path
-
-
-@dataclass(frozen=True)
-class Located:
-    """Which published model the weights are ('edge', ..., 'edge/distilled', 'multi') and where they lie."""
-
-    model: str
-    files: Path | dict[str, Path]
-
-
-MODELS: Final = (*CONTROLS, "edge/distilled", MULTI)
-
-
-def locate(checkpoint: str | Path | Mapping[str, str | Path], model: str | None = None) -> Located:
-    """Resolve a checkpoint argument and settle which model it is.
-
-    `model` is needed for a path whose name does not tell, and picks one of a folder that holds several.
-    Four paths by control name are the multi-control network. Raises what `resolve` raises.
-    """
-    if model is not None and model not in MODELS:
-        raise CheckpointError(f"model: must be one of {', '.join(MODELS)}, got {model!r}.")
-    if isinstance(checkpoint, Mapping):
-        files: dict[str, Path] = {}
-        for control, given in checkpoint.items():
-            one = resolve(given)
-            if control not in CONTROLS or isinstance(one, dict):
-                raise CheckpointError(
-                    f"checkpoint: must give one file for a control ({', '.join(CONTROLS)}), "
-                    f"got {control}={given}."
-                )
-            files[control] = one
-        return _pick(files, model or (MULTI if len(files) > 1 else None), "checkpoint")
-    name = str(checkpoint)
-    path = Path(name).expanduser()
-    if name == MULTI:
-        if model not in (None, MULTI):
-            raise CheckpointError(f"model: checkpoint is 'multi', got {model!r}. Leave model out.")
-        return _pick(_all(resolve(name)), MULTI, name)
-    if not find(name) and path.is_dir() and (files := _inside(path)):
-        return _pick(files, model, name)
-    where = resolve(name)
-    assert isinstance(where, Path), "only a folder or 'multi' resolves to several files"
-    told = _told_by(name, where)
-    if told and model and told != model:
-        raise CheckpointError(f"model: {name} is published as '{told}', got {model!r}. Leave model out.")
-    if not (told or model):
-        raise CheckpointError(
-            f"{name}: its name does not tell which model it is. Set model to one of {', '.join(MODELS)}."
-        )
-    return Located(told or model or "", where)
-
-
-def locate_vae(vae: str | Path | None, source: Located) -> Path:
-    """The video VAE: as named, else the one beside the checkpoint, else the published one (downloaded)."""
-    if vae is not None:
-        path = resolve(vae)
-        if isinstance(path, dict):
-            raise CheckpointError(f"vae: must be one file or folder, got a folder of networks {vae}.")
-        return path
-    first = next(iter(source.files.values())) if isinstance(source.files, dict) else source.files
-    if (first / "vae").is_dir():
-        return first / "vae"
-    # The published layout puts networks three folders below the root at most: distilled/general/edge/FILE.
-    for folder in (first, *list(first.absolute().parents)[:4]):
-        for file in ("tokenizer.safetensors", "tokenizer.pth"):
-            if (folder / file).is_file():
-                return folder / file
-    return _get(_BY_ID["vae"], None, None, True, None)
-
-
-def _all(files: Path | dict[str, Path]) -> dict[str, Path]:
-    assert isinstance(files, dict), "'multi' resolves to four files"
-    return files
-
-
-def _pick(files: dict[str, Path], model: str | None, name: str) -> Located:
-    """The files of one model among those found, the only one when `model` is not given."""
-    holds = f"{name}: holds {', '.join(files) or 'nothing'}"
-    if model is None and len(files) == 1:
-        model = next(iter(files))
-    if model is None:
-        multi = f", or to '{MULTI}'" if set(files) >= set(CONTROLS) else ""
-        raise CheckpointError(f"{holds}. Set model to one of them{multi}.")
-    if model == MULTI:
-        if lacking := [control for control in CONTROLS if control not in files]:
-            raise CheckpointError(f"{holds}; multi-control needs all four, lacks {', '.join(lacking)}.")
-        return Located(MULTI, {control: files[control] for control in CONTROLS})
-    if model not in files:
-        raise CheckpointError(f"{holds}, got model {model!r}.")
-    return Located(model, files[model])
-
-
-def _inside(folder: Path) -> dict[str, Path]:
-    """Released networks in a folder laid out like the published repository."""
-    found = ((name, find_local(folder, _BY_ID[name])) for name in MODELS if name != MULTI)
-    return {name: path for name, path in found if path is not None}
-
-
-def _told_by(name: str, path: Path) -> str | None:
-    """The model an id, a published file name or the published folder of a file stands for."""
-    published = find(name) or next((i for i in PUBLISHED if any(i.uuid in p for p in path.parts[-2:])), None)
-    if published is None:
-        folder = "/" + "/".join(path.absolute().parent.parts[-3:])
-        # Deepest first: distilled/general/edge also ends like general/edge.
-        deepest = sorted(PUBLISHED, key=lambda item: -item.file.count("/"))
-        published = next(
-            (i for i in deepest if "/" in i.file and folder.endswith(f"/{i.file.rpartition('/')[0]}")), None
-        )
-    if published is None:
-        return None
-    if published.name == "vae":
-        raise CheckpointError(f"checkpoint: must be a denoiser, got the video VAE {name}.")
-    return published.name.removesuffix("/older")
 
 
 def find_local(root: str | Path, published: Published) -> Path | None:

@@ -222,6 +222,10 @@ def test_time_scale_is_never_guessed(tmp_path):
     assert ck.load_state(unnamed, model="distilled").config.timestep_scale == 1.0
     assert ck.load_state(named).config.timestep_scale == 1.0
     assert ck.load_state(unnamed, NO_IMAGE).config == NO_IMAGE
+    with pytest.raises(CheckpointError, match="is the distilled network, got model 'single'"):
+        ck.load_state(named, model="single")
+    with pytest.raises(CheckpointError, match="is not the distilled network"):
+        ck.load_state(save_pt(tmp_path / "image.pt", random_state(SMALL)), model="distilled")
     with pytest.raises(CheckpointError, match="must be 'single' or 'distilled'"):
         ck.load_state(unnamed, model="edge")
 

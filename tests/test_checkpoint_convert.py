@@ -205,12 +205,11 @@ def test_made_files_are_laid_out_as_published_and_reproducible(small, tmp_path):
         for left, right in zip(paths, again, strict=False):
             a, b = torch.load(left), torch.load(right)
             assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
-    source = registry.locate(tmp_path / "multi", "multi")
-    config, _, notes = ck.load_state(source.files)
+    config, _, notes = ck.load_state(registry.resolve(tmp_path / "multi"))
     assert config.branches == 4
     assert len(notes) == 1  # the four bases are equal, or a second note would say otherwise
-    assert registry.locate_vae(None, source) == tmp_path / "multi" / "tokenizer.pth"
-    assert ck.load_state(registry.locate(tmp_path / "distilled").files).config.timestep_scale == 1.0
+    distilled = registry.resolve("edge/distilled", local_dir=tmp_path / "distilled")
+    assert ck.load_state(distilled).config.timestep_scale == 1.0
     other = small.make(tmp_path / "seed", seed=1)[0]
     first = ck.load_state(tmp_path / "edge" / registry.find("edge").file).state
     assert not torch.equal(ck.load_state(other).state["x_embed.weight"], first["x_embed.weight"])

@@ -161,8 +161,10 @@ def test_meaningless_names(hub):
 def test_local_layouts(hub, tmp_path):
     edge = touch(tmp_path / EDGE.file)
     assert registry.resolve(edge) == edge
-    assert registry.resolve(tmp_path) == edge
+    assert registry.resolve(tmp_path) == {"edge": edge}
     assert registry.resolve("edge", local_dir=tmp_path) == edge
+    touch(tmp_path / DISTILLED.file)  # not one of the four controls, found by its id alone
+    assert registry.resolve("edge/distilled", local_dir=tmp_path) == tmp_path / DISTILLED.file
     seg = touch(tmp_path / "general" / "seg" / "my_finetune.pt")
     assert registry.resolve(tmp_path) == {"edge": edge, "seg": seg}
     converted = touch(edge.with_suffix(".safetensors"))
@@ -189,69 +191,3 @@ def test_an_id_comes_before_a_folder_of_that_name(hub, tmp_path, monkeypatch):
     (tmp_path / "edge").mkdir()
     assert registry.resolve("edge").name == Path(EDGE.file).name
     assert registry.resolve("./edge") == Path("edge")
-
-
-def test_locate_tells_the_model(hub, tmp_path):
-    for name in ("edge", "vis", "edge/distilled", "multi"):
-        assert registry.locate(name).model == name
-    assert registry.locate("blur").model == "vis"
-    assert registry.locate("depth/older").model == "depth"
-    distilled = touch(tmp_path / DISTILLED.file)
-    assert registry.locate(distilled) == registry.Located("edge/distilled", distilled)
-    own = touch(tmp_path / "distilled" / "general" / "edge" / "mine.safetensors")
-    assert registry.locate(own).model == "edge/distilled"
-    assert registry.locate(touch(tmp_path / "general" / "blur" / "mine.pt")).model == "vis"
-
-    plain = touch(tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="does not tell which model"):
-        registry.locate(plain)
-    assert registry.locate(plain, "multi") == registry.Located("multi", plain)
-    with pytest.raises(CheckpointError, match="published as 'edge/distilled', got 'edge'"):
-        registry.locate(distilled, "edge")
-    with pytest.raises(CheckpointError, match="model: must be one of edge, vis"):
-        registry.locate(plain, "canny")
-    with pytest.raises(CheckpointError, match="must be a denoiser, got the video VAE"):
-        registry.locate("vae")
-
-
-def test_locate_in_a_folder(tmp_path):
-    files = {name: touch(tmp_path / registry.find(name).file) for name in ("edge", "vis", "depth")}
-    with pytest.raises(CheckpointError, match="holds edge, vis, depth. Set model to one of them"):
-        registry.locate(tmp_path)
-    assert registry.locate(tmp_path, "vis").files == files["vis"]
-    with pytest.raises(CheckpointError, match="needs all four, lacks seg"):
-        registry.locate(tmp_path, "multi")
-    with pytest.raises(CheckpointError, match="got model 'edge/distilled'"):
-        registry.locate(tmp_path, "edge/distilled")
-    files["seg"] = touch(tmp_path / registry.find("seg").file)
-    assert registry.locate(tmp_path, "multi").files == files
-    files["edge/distilled"] = touch(tmp_path / DISTILLED.file)
-    assert registry.locate(tmp_path, "edge/distilled").files == files["edge/distilled"]
-
-
-def test_locate_by_control_name(tmp_path):
-    paths = {control: touch(tmp_path / f"{control}.pt") for control in reversed(CONTROLS)}
-    located = registry.locate(paths)
-    assert located.model == "multi" and list(located.files) == list(CONTROLS)
-    assert registry.locate({"seg": paths["seg"]}) == registry.Located("seg", paths["seg"])
-    with pytest.raises(CheckpointError, match="lacks depth, seg"):
-        registry.locate({"edge": paths["edge"], "vis": paths["vis"]})
-    with pytest.raises(CheckpointError, match="one file for a control"):
-        registry.locate({"canny": paths["edge"]})
-    with pytest.raises(CheckpointError, match="holds nothing"):
-        registry.locate({})
-
-
-def test_locate_vae(hub, tmp_path):
-    network = touch(tmp_path / DISTILLED.file)
-    source = registry.Located("edge/distilled", network)
-    assert registry.locate_vae(None, source).name == "tokenizer.pth" and len(hub.calls) == 1
-    beside = touch(tmp_path / "tokenizer.pth")
-    assert registry.locate_vae(None, source) == beside
-    converted = touch(tmp_path / "tokenizer.safetensors")
-    assert registry.locate_vae(None, source) == converted
-    assert registry.locate_vae(beside, source) == beside
-    pipeline = tmp_path / "pipeline"
-    touch(pipeline / "vae" / "config.json")
-    assert registry.locate_vae(None, registry.Located("edge", pipeline)) == pipeline / "vae"
-    assert len(hub.calls) == 1
