@@ -29,8 +29,8 @@ LAYERS: dict[int, tuple[str, str]] = {
     3: ("quant parallel", ""),
     4: ("network vae text", "context"),
     5: ("sampler cache graphs", ""),
-    6: ("engine", "planning inputs costs"),
-    7: ("cli", "runner"),
+    6: ("engine", "planning clip_plan inputs costs models"),
+    7: ("cli", "runner report progress"),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
 NOUNS = {name for nouns, _ in LAYERS.values() for name in nouns.split()}
@@ -198,8 +198,11 @@ def tracked(*suffixes: str) -> list[Path]:
 
 
 def test_no_file_over_its_cap() -> None:
+    """What ships has caps; a test file is as long as the list of cases of its stem."""
     over = {}
     for path in tracked(".py", ".cpp", ".cu", ".cuh", ".h"):
+        if path.is_relative_to(ROOT / "tests"):
+            continue
         lines = len(path.read_text(encoding="utf-8").splitlines())
         cap = 80 if path == ROOT / "setup.py" else MAX_LINES_VAE if path.name == "vae.py" else MAX_LINES
         if lines > cap:
@@ -229,7 +232,7 @@ def test_one_place_asks_the_machine(path: Path) -> None:
 
 def test_library_neither_prints_nor_exits() -> None:
     for path in MODULES:
-        if path.stem in ("cli", "__main__"):
+        if path.stem in ("cli", "progress", "__main__"):
             continue
         for node in walk(tree_of(path)):
             if isinstance(node, ast.Call):
