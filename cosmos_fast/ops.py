@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import attention as backends
-from .dispatch import Candidate, define
+from .dispatch import Candidate, define, triton
 from .formats import Rows
 
 EPS = 1e-6
@@ -30,7 +30,9 @@ def _check(condition: bool, op: str, rule: str, got: object) -> None:
 def _check_rows(op: str, x: Tensor, rows: Sequence[Tensor], tokens_per_frame: int, token_offset: int) -> None:
     _check(x.dim() == 2, op, "x must be (L, D)", tuple(x.shape))
     _check(x.is_contiguous(), op, "x must be contiguous", x.stride())
-    _check(tokens_per_frame > 0 <= token_offset, op, "rows must be positive", (tokens_per_frame, token_offset))
+    _check(
+        tokens_per_frame > 0 <= token_offset, op, "rows must be positive", (tokens_per_frame, token_offset)
+    )
     needed = (token_offset + max(x.shape[0], 1) - 1) // tokens_per_frame + 1
     for table in rows:
         _check(
@@ -39,7 +41,9 @@ def _check_rows(op: str, x: Tensor, rows: Sequence[Tensor], tokens_per_frame: in
         )  # fmt: skip
 
 
-def _check_residual(op: str, x: Tensor, branch: Tensor, hints: Sequence[Tensor], weights: Tensor | None) -> None:
+def _check_residual(
+    op: str, x: Tensor, branch: Tensor, hints: Sequence[Tensor], weights: Tensor | None
+) -> None:
     for other in (branch, *hints):
         _check(other.shape == x.shape and other.dtype == x.dtype and other.is_contiguous(), op,
                f"branch and hints must be contiguous {tuple(x.shape)} {x.dtype}", (tuple(other.shape), other.dtype))  # fmt: skip
@@ -58,7 +62,9 @@ def _check_residual_only(x, branch, gate, hints, weights, tokens_per_frame, toke
     _check_residual("residual", x, branch, hints, weights)
 
 
-def _check_residual_adaln(x, branch, gate, hints, weights, shift, scale, tokens_per_frame, token_offset, eps, out) -> None:  # type: ignore[no-untyped-def]
+def _check_residual_adaln(  # type: ignore[no-untyped-def]
+    x, branch, gate, hints, weights, shift, scale, tokens_per_frame, token_offset, eps, out
+) -> None:
     _check_rows("residual_adaln", x, (gate, shift, scale), tokens_per_frame, token_offset)
     _check_residual("residual_adaln", x, branch, hints, weights)
 
@@ -82,19 +88,62 @@ def _check_gelu(x: Tensor) -> None:
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:] and q.dtype == k.dtype == v.dtype
-    _check(fits, "attention", "q must be (L, N, K), k and v (S, N, K), of one dtype", [tuple(t.shape) for t in (q, k, v)])
+    fits = (
+        q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:] and q.dtype == k.dtype == v.dtype
+    )
+    _check(
+        fits,
+        "attention",
+        "q must be (L, N, K), k and v (S, N, K), of one dtype",
+        [tuple(t.shape) for t in (q, k, v)],
+    )
     _check(k.shape[0] > 0, "attention", "there must be at least one key", k.shape[0])
 
 
 def _check_patchify(z: Tensor, mask: Tensor) -> None:
     fits = z.dim() == 4 and z.shape[2] % 2 == 0 and z.shape[3] % 2 == 0 and mask.shape == z.shape[1:2]
-    _check(fits, "patchify", "z must be (C, T, even H, even W) and mask (T,)", (tuple(z.shape), tuple(mask.shape)))
+    _check(
+        fits,
+        "patchify",
+        "z must be (C, T, even H, even W) and mask (T,)",
+        (tuple(z.shape), tuple(mask.shape)),
+    )
 
 
 def _check_unpatchify(y: Tensor, T: int, H: int, W: int) -> None:
-    fits = y.dim() == 2 and y.shape[0] == T * (H // 2) * (W // 2) and y.shape[1] % 4 == 0 and H % 2 == W % 2 == 0
+    fits = (
+        y.dim() == 2 and y.shape[0] == T * (H // 2) * (W // 2) and y.shape[1] % 4 == 0 and H % 2 == W % 2 == 0
+    )
     _check(fits, "unpatchify", f"y must be ({T}*{H}/2*{W}/2, 4*C)", tuple(y.shape))
+
+
+def _check_guided_unipc(x, v_cond, v_uncond, m1, m2, last, guidance, coefficients) -> None:  # type: ignore[no-untyped-def]
+    for state in (x, m1, m2, last):
+        fits = state.shape == x.shape and state.dtype == torch.float32 and state.is_contiguous()
+        _check(fits, "guided_unipc", f"x, m1, m2 and last must be contiguous {tuple(x.shape)} float32",
+               (tuple(state.shape), state.dtype, state.stride()))  # fmt: skip
+    for v in (v_cond, v_uncond):
+        _check(v is None or (v.shape == x.shape and v.is_floating_point()), "guided_unipc",
+               f"velocities must be {tuple(x.shape)} of a floating-point dtype", None if v is None else (tuple(v.shape), v.dtype))  # fmt: skip
+    _check(len(coefficients) == 8, "guided_unipc", "there must be 8 coefficients", len(coefficients))
+
+
+def _check_pixels(x: Tensor) -> None:
+    fits = x.dim() == 5 and x.shape[:2] == (1, 3) and x.is_floating_point()
+    _check(fits, "pixels", "x must be (1, 3, F, H, W) of a floating-point dtype", (tuple(x.shape), x.dtype))
+
+
+def _check_normalized(frames: Tensor, out: torch.dtype) -> None:
+    fits = (
+        frames.dtype == torch.uint8 and frames.is_contiguous() and frames.dim() == 4 and frames.shape[3] == 3
+    )
+    _check(
+        fits,
+        "normalized",
+        "frames must be contiguous (F, H, W, 3) uint8",
+        (tuple(frames.shape), frames.dtype),
+    )
+    _check(out.is_floating_point, "normalized", "the output dtype must be a floating-point one", out)
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -106,29 +155,36 @@ _adaln = define(
     "adaln(Tensor x, Tensor shift, Tensor scale, int tokens_per_frame, int token_offset, float eps, ScalarType out) -> Tensor",
     _check_adaln,
     lambda x, shift, scale, tpf, offset, eps, out: torch.empty_like(x, dtype=out),
+    triton("adaln", "adaln"),
 )
 _residual = define(
     "residual(Tensor x, Tensor branch, Tensor gate, Tensor[] hints, Tensor? hint_weights, int tokens_per_frame, int token_offset) -> Tensor",
     _check_residual_only,
     lambda x, *rest: torch.empty_like(x),
+    triton("adaln", "residual"),
 )
 _residual_adaln = define(
     "residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor[] hints, Tensor? hint_weights, Tensor shift, Tensor scale, "
     "int tokens_per_frame, int token_offset, float eps, ScalarType out) -> (Tensor, Tensor)",
     _check_residual_adaln,
     lambda x, *rest: (torch.empty_like(x), torch.empty_like(x, dtype=rest[-1])),
+    triton("adaln", "residual_adaln"),
 )
 _head_norm = define(
     "head_norm(Tensor x, Tensor gain, float eps) -> Tensor",
     _check_head_norm,
     lambda x, gain, eps: x.new_empty(x.shape[0], x.shape[1] // gain.shape[0], gain.shape[0]),
+    triton("norm_rope", "head_norm"),
 )
 _qk_norm_rope = define(
     "qk_norm_rope(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
     _check_qk,
-    lambda qkv, q_gain, *rest: tuple(qkv.new_empty(qkv.shape[0], qkv.shape[1] // (3 * q_gain.shape[0]), q_gain.shape[0]) for _ in "qk"),
+    lambda qkv, q_gain, *rest: tuple(
+        qkv.new_empty(qkv.shape[0], qkv.shape[1] // (3 * q_gain.shape[0]), q_gain.shape[0]) for _ in "qk"
+    ),
+    triton("norm_rope", "qk_norm_rope"),
 )
-_gelu = define("gelu(Tensor x) -> Tensor", _check_gelu, torch.empty_like)
+_gelu = define("gelu(Tensor x) -> Tensor", _check_gelu, torch.empty_like, triton("gelu", "gelu"))
 _attention = define(
     "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
     _check_attention,
@@ -142,11 +198,32 @@ _patchify = define(
     "patchify(Tensor z, Tensor mask) -> Tensor",
     _check_patchify,
     lambda z, mask: z.new_empty(z.shape[1] * (z.shape[2] // 2) * (z.shape[3] // 2), 4 * (z.shape[0] + 2)),
+    triton("patches", "patchify"),
 )
 _unpatchify = define(
     "unpatchify(Tensor y, int T, int H, int W) -> Tensor",
     _check_unpatchify,
     lambda y, T, H, W: y.new_empty(y.shape[1] // 4, T, H, W),
+    triton("patches", "unpatchify"),
+)
+_guided_unipc = define(
+    "guided_unipc(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor m1, Tensor m2, Tensor last, float guidance, "
+    "float[] coefficients) -> (Tensor, Tensor, Tensor)",
+    _check_guided_unipc,
+    lambda x, *rest: tuple(torch.empty_like(x) for _ in range(3)),
+    triton("solver", "guided_unipc"),
+)
+_pixels = define(
+    "pixels(Tensor x) -> Tensor",
+    _check_pixels,
+    lambda x: x.new_empty(*x.shape[2:], 3, dtype=torch.uint8),
+    triton("pixels", "pixels"),
+)
+_normalized = define(
+    "normalized(Tensor frames, ScalarType out) -> Tensor",
+    _check_normalized,
+    lambda frames, out: torch.empty_like(frames, dtype=out),
+    triton("pixels", "normalized", (torch.uint8,)),
 )
 
 
@@ -182,7 +259,13 @@ def residual(x: Tensor, pending: Pending, rows: Rows) -> Tensor:
 
 
 def residual_adaln(
-    x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, rows: Rows, *, out: torch.dtype | None = None
+    x: Tensor,
+    pending: Pending | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Rows,
+    *,
+    out: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Settle what is pending, then normalise and modulate: returns (x', adaln(x')). Shapes: (L, D) each.
 
@@ -232,3 +315,40 @@ def patchify(z: Tensor, mask: Tensor) -> Tensor:
 def unpatchify(y: Tensor, T: int, H: int, W: int) -> Tensor:
     """Head output (L, 4*C) -> latent (C, T, H, W). Not the inverse of `patchify`: feature orders differ."""
     return _unpatchify(y, T, H, W)
+
+
+def guided_unipc(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    m1: Tensor,
+    m2: Tensor,
+    last: Tensor,
+    guidance: float,
+    coefficients: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One solver step from both velocities: (x_next, m, corrected), all new tensors.
+
+    v = v_cond + guidance * (v_cond - v_uncond), then the three lines of `StepCoefficients`.
+    m1, m2 are the m of the previous step and of the one before, `last` the previous `corrected`.
+
+    Shapes: all alike; x, m1, m2, last fp32 and contiguous, velocities fp32 or bf16; arithmetic in fp32.
+    A tensor whose coefficient is 0 does not reach the result, not even as NaN.
+    """
+    return _guided_unipc(x, v_cond, v_uncond, m1, m2, last, guidance, coefficients)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Model range (1, 3, F, H, W) -> codes (F, H, W, 3) uint8: 127.5 * x + 127.5, clamped, truncated.
+
+    A value that is not finite gives an arbitrary code; look for those in x.
+    """
+    return _pixels(x)
+
+
+def normalized(frames: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Codes (F, H, W, 3) uint8 -> model range (1, 3, F, H, W): code / 127.5 - 1, both steps rounded in `dtype`.
+
+    Channels last in memory, as the frames are; in bf16 not the same as rounding once.
+    """
+    return _normalized(frames, dtype).permute(3, 0, 1, 2)[None]

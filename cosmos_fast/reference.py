@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .schedule import StepCoefficients
+
 ATTENTION_ROWS = 1024
 """Query rows per step of the reference attention, so that scores stay small on any machine."""
 
@@ -23,7 +25,13 @@ def _per_token(rows_TD: Tensor, num_tokens: int, tokens_per_frame: int, token_of
 
 
 def adaln(
-    x: Tensor, shift: Tensor, scale: Tensor, tokens_per_frame: int, token_offset: int, eps: float, out: torch.dtype
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    tokens_per_frame: int,
+    token_offset: int,
+    eps: float,
+    out: torch.dtype,
 ) -> Tensor:
     """y = ln(x) * (1 + scale[frame]) + shift[frame]; ln has no affine."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
@@ -124,6 +132,50 @@ def patchify(z: Tensor, mask: Tensor) -> Tensor:
 def unpatchify(y: Tensor, T: int, H: int, W: int) -> Tensor:
     """Head output (L, 4*C), features (row, column, channel) -> latent (C, T, H, W)."""
     channels = y.shape[1] // 4
-    return (
-        y.reshape(T, H // 2, W // 2, 2, 2, channels).permute(5, 0, 1, 3, 2, 4).reshape(channels, T, H, W)
+    return y.reshape(T, H // 2, W // 2, 2, 2, channels).permute(5, 0, 1, 3, 2, 4).reshape(channels, T, H, W)
+
+
+def guided_unipc(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    m1: Tensor,
+    m2: Tensor,
+    last: Tensor,
+    guidance: float,
+    coefficients: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v = v_cond + guidance * (v_cond - v_uncond), then the three lines of `StepCoefficients`, in fp32.
+
+    All tensors have one shape. A tensor whose coefficient is 0 does not reach the result, not even as NaN.
+    """
+    c = StepCoefficients(*coefficients)
+    v = v_cond.float()
+    if v_uncond is not None:
+        v = v + guidance * (v - v_uncond.float())
+    m = x - c.sigma * v
+    corrected = _combine(
+        (c.corrector_last, last), (c.corrector_m, m), (c.corrector_m1, m1), (c.corrector_m2, m2)
     )
+    x_next = _combine((c.predictor_x, corrected), (c.predictor_m, m), (c.predictor_m1, m1))
+    return x_next, m, corrected
+
+
+def _combine(*terms: tuple[float, Tensor]) -> Tensor:
+    first, *rest = [factor * tensor for factor, tensor in terms if factor != 0]
+    for term in rest:
+        first = first + term
+    return first
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Model range (1, 3, F, H, W) -> codes (F, H, W, 3) uint8, truncated."""
+    codes = (x[0].float() * 127.5 + 127.5).clamp(0, 255).to(torch.uint8)
+    return codes.permute(1, 2, 3, 0).contiguous()
+
+
+def normalized(frames: Tensor, out: torch.dtype) -> Tensor:
+    """Codes uint8 -> code / 127.5 - 1, both steps rounded to `out`. Any shape."""
+    # A tensor divisor: torch turns a Python number on CUDA into a product with its rounded reciprocal.
+    half = torch.full((), 127.5, dtype=out, device=frames.device)
+    return frames.to(out).div(half).sub(1)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .formats import ClipError
+from .ops import guided_unipc
 from .schedule import (
     Schedule,
     StepCoefficients,
@@ -63,46 +64,6 @@ Pair = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 OnStep = Callable[[int, int], None]
 """Called after every step with (index from 0, total). Raising from it ends the loop."""
-
-# ------------------------------------------------------------------------------------------- UniPC
-
-
-def guided_unipc(
-    x: Tensor,
-    v_cond: Tensor,
-    v_uncond: Tensor | None,
-    m1: Tensor,
-    m2: Tensor,
-    last: Tensor,
-    guidance: float,
-    coefficients: tuple[float, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One solver step from both velocities: (x_next, m, corrected), all new tensors.
-
-    v = v_cond + guidance * (v_cond - v_uncond), then the three lines of `StepCoefficients`.
-    m1, m2 are the m of the previous step and of the one before, `last` the previous `corrected`.
-
-    Shapes: all alike; x, m1, m2, last fp32, velocities fp32 or bf16; arithmetic in fp32.
-    A tensor whose coefficient is 0 does not reach the result, not even as NaN.
-    """
-    c = StepCoefficients(*coefficients)
-    v = v_cond.float()
-    if v_uncond is not None:
-        v = v + guidance * (v - v_uncond.float())
-    m = x - c.sigma * v
-    corrected = _combine(
-        (c.corrector_last, last), (c.corrector_m, m), (c.corrector_m1, m1), (c.corrector_m2, m2)
-    )
-    x_next = _combine((c.predictor_x, corrected), (c.predictor_m, m), (c.predictor_m1, m1))
-    return x_next, m, corrected
-
-
-def _combine(*terms: tuple[float, Tensor]) -> Tensor:
-    first, *rest = [factor * tensor for factor, tensor in terms if factor != 0]
-    for term in rest:
-        first = first + term
-    return first
-
 
 # ---------------------------------------------------------------------- what the network gets to see
 
