@@ -118,7 +118,8 @@ class Source:
     def _rewind(self) -> None:
         self.close()
         self._check_unchanged()
-        self._decoder = Decoder(self._path, self.probe.demuxer, self.probe.limits)
+        found = self.probe
+        self._decoder = Decoder(self._path, found.demuxer, found.limits, found.threaded)
         self._stream = iter(self._decoder)
         self._position = 0
 

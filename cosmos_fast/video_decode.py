@@ -105,6 +105,8 @@ class Decoder:
     path: Path
     demuxer: str
     limits: Limits = field(default_factory=Limits)
+    threaded: bool = True
+    """Decode several frames at once. Concealment of damage then depends on timing; sound files do not."""
     packets: int = 0
     """Packets handed to the decoder."""
     errors: list[str] = field(default_factory=list)
@@ -156,6 +158,7 @@ class Decoder:
         if self.demuxer in IMAGE_FORMATS:
             codec.options |= {"err_detect": "explode"}
         codec.thread_type = "AUTO"
+        codec.thread_count = 0 if self.threaded else 1
 
     def frames_stated(self) -> int:
         """Frames the header promises, 0 if it does not say; a Matroska header tells it as a duration."""

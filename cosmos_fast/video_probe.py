@@ -60,6 +60,7 @@ class Probe:
     file_bytes: int = 0
     mtime_ns: int = 0
     demuxer: str = ""
+    threaded: bool = True
     orientation: Orientation = Orientation()
     limits: Limits = _DEFAULT_LIMITS
 
@@ -83,10 +84,21 @@ def probe(
     info = stat_regular(path)
     demuxer = sniff(path)
     is_image = demuxer in IMAGE_FORMATS
-    with Decoder(path, demuxer, limits) as decoder:  # PyAV streams must not be touched after close
-        found = _Pass(decoder)
-        corrupt = found.check_damage(on_corrupt)
-        fps = Fraction(1) if is_image else found.frame_rate(corrupt)
+    for threaded in (True, False):
+        with Decoder(path, demuxer, limits, threaded) as decoder:  # streams must not be touched after close
+            found = _Pass(decoder)
+            corrupt = found.check_damage()
+            if corrupt and threaded:
+                continue  # count again in the way that gives the same answer every time
+            if corrupt and on_corrupt == "fail":
+                raise MediaError(
+                    f"{path}: every frame must decode cleanly, got {found.damage}. "
+                    "Use on_corrupt='warn' to go on with the frames that decode."
+                )
+            if corrupt:
+                found.notes.append(f"damaged: {found.damage}")
+            fps = Fraction(1) if is_image else found.frame_rate(corrupt)
+            break
     return Probe(
         kind="image" if is_image else "video",
         frames=1 if is_image else found.frames,
@@ -99,6 +111,7 @@ def probe(
         file_bytes=info.st_size,
         mtime_ns=info.st_mtime_ns,
         demuxer=demuxer,
+        threaded=threaded,
         orientation=found.orientation,
         limits=limits,
     )
@@ -113,6 +126,7 @@ class _Pass:
         self.stream = decoder.stream
         self.is_image = decoder.demuxer in IMAGE_FORMATS
         self.notes: list[str] = []
+        self.damage = ""
         self.frames = self.flagged = self.interlaced = 0
         self.times: list[int | None] = []
         check_transfer(self.path, int(self.stream.codec_context.color_trc or 0))
@@ -214,8 +228,8 @@ class _Pass:
         if self.frames == 1:
             self.decoder.limits.check(self.path, *self.size, 1)
 
-    def check_damage(self, on_corrupt: OnCorrupt) -> int:
-        """Number of frames damaged or missing; raises if there are any and on_corrupt is "fail"."""
+    def check_damage(self) -> int:
+        """Number of frames damaged or missing; `damage` then says it in words. No frame at all is an error."""
         decoder = self.decoder
         of = f" of {self.promised}" if self.promised is not None else ""
         if self.frames == 0:
@@ -234,15 +248,8 @@ class _Pass:
         if decoder.demuxer == "mpegts":
             self.notes.append("MPEG-TS does not say how long it is: a missing end cannot be noticed")
             damaged += self.path.stat().st_size % _TS_PACKET != 0  # cut inside a packet
-        total = max(damaged, missing)
-        if total and on_corrupt == "fail":
-            raise MediaError(
-                f"{self.path}: every frame must decode cleanly, got {self.frames}{of} frames readable, "
-                f"{damaged} damaged. Use on_corrupt='warn' to go on with the frames that decode."
-            )
-        if total:
-            self.notes.append(f"damaged: {self.frames}{of} frames readable, {damaged} damaged")
-        return total
+        self.damage = f"{self.frames}{of} frames readable, {damaged} damaged"
+        return max(damaged, missing)
 
     def frame_rate(self, corrupt: int) -> Fraction:
         """Exact frames per second; raises if the timing is uneven or unknown.
