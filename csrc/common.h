@@ -51,7 +51,10 @@ inline Tensor empty_as(const Tensor& like, ScalarType type) {
 // The stream torch is using on this device right now: a launch on any other one races with the caller.
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  // The checking macro has another name in each release; the function and its zero for success are stable.
+  const auto error = aoti_torch_get_current_cuda_stream(device_index, &stream);
+  STD_TORCH_CHECK(error == 0, "stream: torch must know one for CUDA device ", device_index, ", got error ",
+                  error, ".");
   return static_cast<cudaStream_t>(stream);
 }
 
