@@ -32,6 +32,8 @@ _ATTACHED_PICTURE = 0x400
 # swscale knows these matrices by the same number as the H.273 tag; 6 is another name of 5 and 10 of 9.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 _BT601, _LIMITED, _FULL = 5, 1, 2
+# Up to PyAV 18 a tag that is not UTF-8 keeps the file from opening; PyAV 19 replaces it by itself.
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _EXPAND_GREY = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
 _RGB_FLAGS = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -118,12 +120,8 @@ class Decoder:
         if self.demuxer == "mov":
             options |= {"enable_drefs": "0", "use_absolute_path": "0"}
         try:
-            self.container = av.open(
-                f"file:{os.path.abspath(self.path)}",
-                format=self.demuxer,
-                options=options,
-                metadata_errors="replace",
-            )
+            address = f"file:{os.path.abspath(self.path)}"
+            self.container = av.open(address, format=self.demuxer, options=options, **_OPEN_OPTIONS)
         except (av.FFmpegError, OSError, ValueError) as error:
             name = (IMAGE_FORMATS | VIDEO_FORMATS)[self.demuxer]
             hint = "The file may be cut off or still being written."
@@ -203,7 +201,7 @@ def _reason(error: Exception) -> str:
 def orientation_of(path: Path, frame: av.VideoFrame) -> Orientation:
     """Orientation from a frame's display matrix; only right angles and mirrors are accepted."""
     try:
-        data = next((item for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+        data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV 18 cannot list side data of a type newer than itself, such as EXIF
         turn = {0: 1, -90: 6, 90: 8, 180: 3, -180: 3}.get(round(frame.rotation), 1)
         return Orientation.from_exif(turn)

@@ -305,7 +305,7 @@ class _Pass:
         Timestamps may have been rounded more coarsely than the file's own tick, typically to milliseconds.
         """
         grain = gcd(*(time - times[0] for time in times))
-        slack = max(1, min(grain, Fraction(1, 1000) / tick))
+        slack = max(Fraction(1), min(Fraction(grain), Fraction(1, 1000) / tick))
         step = 1 / (rate * tick)
         return all(abs(time - times[0] - index * step) <= slack for index, time in enumerate(times))
 

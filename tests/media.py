@@ -17,6 +17,11 @@ LFS_POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
     "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 )
+COLOURS = np.array(
+    [(235, 235, 235), (16, 16, 16), (255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 120, 40), (90, 180, 220)],
+    float,
+)
+MATRICES = {"bt709": (0.2126, 0.0722, 1), "bt601": (0.299, 0.114, 5), "bt2020": (0.2627, 0.0593, 9)}
 
 
 def pattern(frames: int = 30, size: tuple[int, int] = (64, 48)) -> np.ndarray:
@@ -60,6 +65,7 @@ def write(
     second: tuple[int, int] | None = None,
     cover: bool = False,
     container_options: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """Encode a clip. pts are in units of `time_base` (default 1/fps); tags are codec context attributes."""
     path = Path(path)
@@ -68,6 +74,7 @@ def write(
     height, width = frames.shape[1:3]
     fps = Fraction(fps)
     with av.open(f"file:{path}", "w", container_options=container_options or {}) as out:
+        out.metadata.update(metadata or {})
         streams = [out.add_stream(codec, rate=fps)]
         if second:
             streams.append(out.add_stream(codec, rate=fps))
@@ -225,3 +232,33 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal to noise ratio in dB of two uint8 arrays."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def read(path: Path, **options: object) -> np.ndarray:
+    """All frames of a file through the package's own reader."""
+    from cosmos_fast.video import Source, probe
+
+    found = probe(path)
+    with Source(found, **options) as source:
+        return source.read(0, source.frames)
+
+
+def patches(values: np.ndarray) -> np.ndarray:
+    """A row of 32x32 squares, one for each value."""
+    return np.kron(np.round(values).clip(0, 255).astype(np.uint8)[None], np.ones((32, 32), np.uint8))
+
+
+def planes(matrix: str, full: bool) -> list[np.ndarray]:
+    """Y, U, V planes of COLOURS by the definition of the matrix."""
+    kr, kb, _ = MATRICES[matrix]
+    red, green, blue = COLOURS.T / 255
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    u, v = (blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)
+    if full:
+        return [patches(255 * luma), patches(128 + 255 * u), patches(128 + 255 * v)]
+    return [patches(16 + 219 * luma), patches(128 + 224 * u), patches(128 + 224 * v)]
+
+
+def squares(frame: np.ndarray) -> np.ndarray:
+    """Centre pixel of each 32x32 square in the first row."""
+    return frame[16, 16::32].astype(int)

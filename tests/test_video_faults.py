@@ -161,7 +161,8 @@ def test_cut_transport_stream(tmp_path: Path, clips: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", ["fast", "mkv", "avi", "ts"])
 def test_flipped_bytes_are_refused_or_counted(tmp_path: Path, clips: dict[str, Path], name: str) -> None:
     clip, size = clips[name], clips[name].stat().st_size
-    path = media.flip(clip, tmp_path / clip.name, 40, seed=1, start=5000, stop=size * 8 // 10)
+    start = media.packet_span(clip, 3)[0]  # past every header
+    path = media.flip(clip, tmp_path / clip.name, 40, seed=1, start=start, stop=size * 8 // 10)
     refused(path, "frames readable, .* damaged")
     found = probe(path, on_corrupt="warn")
     assert found.corrupt > 0 and any(note.startswith("damaged:") for note in found.notes)
@@ -245,6 +246,11 @@ def test_size_change_mid_stream(tmp_path: Path) -> None:
     small, large = media.write(tmp_path / "a.ts", 10), media.write(tmp_path / "b.ts", 10, size=(96, 64))
     (tmp_path / "c.ts").write_bytes(small.read_bytes() + large.read_bytes())
     refused(tmp_path / "c.ts", "one size, got 64x48 and 96x64 from frame 10")
+
+
+def test_tag_that_is_not_utf8_is_no_obstacle(tmp_path: Path) -> None:
+    clip = media.write(tmp_path / "a.mkv", 5, metadata={"title": "abcdefgh"})
+    assert probe(media.patch(clip, tmp_path / "b.mkv", b"abcdefgh", b"abc\xff\xfefgh")).frames == 5
 
 
 # --- limits --------------------------------------------------------------------------------------------
