@@ -132,7 +132,8 @@ def patchify(z: Tensor, mask: Tensor) -> Tensor:
 def unpatchify(y: Tensor, T: int, H: int, W: int) -> Tensor:
     """Head output (L, 4*C), features (row, column, channel) -> latent (C, T, H, W)."""
     channels = y.shape[1] // 4
-    return y.reshape(T, H // 2, W // 2, 2, 2, channels).permute(5, 0, 1, 3, 2, 4).reshape(channels, T, H, W)
+    z = y.reshape(T, H // 2, W // 2, 2, 2, channels).permute(5, 0, 1, 3, 2, 4)
+    return z.clone(memory_format=torch.contiguous_format).view(channels, T, H, W)
 
 
 def guided_unipc(

@@ -1,0 +1,192 @@
+"""The op table as a whole: every op has cases, a true fake, and implementations that agree with its reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cosmos_fast import testing
+from cosmos_fast.dispatch import TABLE, Candidate, use
+from cosmos_fast.testing import CASES, MAKERS, Case
+
+testing.kernels_from_checkout()
+
+GROUPS = ("production", "small", "odd", "empty")
+SMALL = [
+    pytest.param(op, case, id=f"{op}-{case.name.replace(' ', '_')}")
+    for op in TABLE
+    for case in CASES.get(op, ())
+    if case.group != "production"
+]
+DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def overload(op: str) -> Any:
+    return getattr(torch.ops.cosmos_fast, op).default
+
+
+def runnable(op: str, device: str, dtype: torch.dtype) -> list[Candidate]:
+    """Candidates that this machine can run on tensors of this device and dtype of the first argument."""
+    return [c for c in TABLE[op].candidates if c.obstacle(torch.device(device), dtype) is None]
+
+
+def all_of(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_every_op_has_cases_of_every_group(op: str) -> None:
+    cases = CASES.get(op, ())
+    assert {case.group for case in cases} == set(GROUPS), f"{op}: needs rows of each group in testing.CASES"
+    assert all(case.why for case in cases)
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_the_table_has_no_cases_of_ops_that_are_gone() -> None:
+    assert set(CASES) == set(MAKERS) == set(TABLE)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_reference_is_the_last_resort_and_runs_anywhere(op: str) -> None:
+    last = TABLE[op].candidates[-1]
+    assert last.name == "reference"
+    assert last.obstacle(torch.device("cpu"), torch.float32) is None
+    names = [candidate.name for candidate in TABLE[op].candidates]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_every_candidate_has_a_reason_or_loads(op: str) -> None:
+    for candidate in TABLE[op].candidates:
+        obstacle = candidate.obstacle(torch.device("cpu"), torch.float32)
+        assert obstacle or callable(candidate.load()), candidate.name
+
+
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_opcheck(op: str, case: Case) -> None:
+    args = testing.inputs(op, case, "cpu", torch.float32)
+    tests = ("test_schema", "test_faketensor")  # inference only: there is no autograd to check
+    torch.library.opcheck(overload(op), args, test_utils=tests)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_opcheck_under_aot_dispatch(op: str) -> None:
+    case = next(c for c in CASES[op] if c.group == "small")
+    args = testing.inputs(op, case, "cpu", torch.bfloat16)
+    torch.library.opcheck(overload(op), args, test_utils="test_aot_dispatch_dynamic")
+
+
+@DTYPE
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_fake_has_the_metadata_of_every_candidate(op: str, case: Case, dtype: torch.dtype) -> None:
+    args = testing.inputs(op, case, "cpu", dtype)
+    with FakeTensorMode() as mode:
+        given = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
+        fakes = all_of(overload(op)(*given))
+    for candidate in runnable(op, "cpu", args[0].dtype):
+        for fake, real in zip(fakes, all_of(candidate.load()(*args)), strict=True):
+            assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device), (
+                candidate.name
+            )
+            assert strides(fake) == strides(real), candidate.name
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """Of the axes where a stride means something."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def check_candidates(op: str, args: tuple[Any, ...], device: str) -> None:
+    for candidate in runnable(op, device, args[0].dtype):
+        with use(**{op: candidate.name}):
+            before = [value.clone() if isinstance(value, Tensor) else value for value in args]
+            outputs = overload(op)(*args)
+        assert testing.faults(op, outputs, args) == [], candidate.name
+        for old, new in zip(before, args, strict=True):
+            assert not isinstance(old, Tensor) or torch.equal(old, new), (
+                f"{candidate.name} wrote to its input"
+            )
+
+
+@DTYPE
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_candidates_agree_with_the_reference(op: str, case: Case, dtype: torch.dtype) -> None:
+    check_candidates(op, testing.inputs(op, case, "cpu", dtype), "cpu")
+
+
+@pytest.mark.gpu
+@DTYPE
+@pytest.mark.parametrize(("op", "case"), SMALL)
+def test_gpu_candidates_agree_with_the_reference(op: str, case: Case, dtype: torch.dtype) -> None:
+    check_candidates(op, testing.inputs(op, case, "cuda", dtype), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", TABLE)
+def test_gpu_candidates_run_on_a_side_stream_and_in_a_graph(op: str) -> None:
+    case = next(c for c in CASES[op] if c.group == "small")
+    args = testing.inputs(op, case, "cuda", torch.bfloat16)
+    for candidate in runnable(op, "cuda", args[0].dtype):
+        with use(**{op: candidate.name}):
+            expected = all_of(overload(op)(*args))
+            torch.cuda.synchronize()
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                outputs = all_of(overload(op)(*args))
+            side.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), candidate.name
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = all_of(overload(op)(*args))
+            for tensor in outputs:
+                tensor.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), candidate.name
+
+
+# --- the yardstick itself --------------------------------------------------------------------------
+
+
+def small_args(op: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    case = next(c for c in CASES[op] if c.group == "small")
+    return testing.inputs(op, case, "cpu", dtype)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_faults_sees_a_wrong_value_shape_and_nan(op: str) -> None:
+    args = small_args(op, torch.bfloat16)
+    outputs = testing.eager(op, args)
+    assert testing.faults(op, outputs, args) == []
+    for i, output in enumerate(outputs):
+        wrong = output.clone()
+        wrong.view(-1)[-1] = wrong.view(-1)[-1] + 16
+        swapped = lambda tensor, i=i: (*outputs[:i], tensor, *outputs[i + 1 :])  # noqa: E731
+        assert testing.faults(op, swapped(wrong), args)
+        assert testing.faults(op, swapped(output[..., :-1]), args)
+        if output.is_floating_point():
+            wrong.view(-1)[-1] = float("nan")
+            assert testing.faults(op, swapped(wrong), args)
+
+
+def test_faults_sees_bf16_statistics() -> None:
+    """The ratio rule is sharp enough to tell fp32 statistics from bf16 ones."""
+    x, shift, scale, *rest = small_args("adaln", torch.bfloat16)
+    mean = x.mean(-1, keepdim=True)
+    sloppy = (x - mean) * torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
+    assert testing.faults("adaln", sloppy, (x, shift, scale, *rest))
+
+
+def test_a_forced_candidate_that_cannot_run_is_an_error() -> None:
+    args = small_args("adaln", torch.float32)
+    with use(adaln="triton"), pytest.raises(Exception, match="triton.*needs a cuda tensor"):
+        overload("adaln")(*args)
+
+
+def test_inputs_are_the_same_on_every_call() -> None:
+    first, second = small_args("adaln", torch.float32), small_args("adaln", torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))

@@ -1,0 +1,266 @@
+"""Check every Triton kernel on this GPU and time it next to its peers, in one run of about a minute.
+
+    python tools/bench_kernels.py out.json [--sweep] [--only adaln,gelu] [--compile-budget 30]
+
+Checks the small, odd, empty and production cases of `cosmos_fast.testing` in bf16 (and the small ones in fp32) against
+the references; times the production ones, candidate by candidate in turn: triton, cuda (if built), eager (the
+reference), compiled (the reference through torch.compile, as long as its budget lasts). Percentages are of the copy
+rate measured in the same run. --sweep also times other launch choices. Exit status 1 if anything failed; the JSON
+file is written all the same. --device cpu with TRITON_INTERPRET=1 is a dry run of this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from cosmos_fast import _native, reference, testing
+from cosmos_fast.dispatch import TABLE
+
+LAUNCHES = 15
+L2_MULTIPLE = 3
+QUEUE_CYCLES = 500_000  # about 0.3 ms of sleep before each launch: Python is ahead, so its cost is not timed
+WARPS, BLOCKS = (1, 2, 4, 8, 16), (1024, 2048, 4096, 8192)
+FREE_BLOCK = {"gelu", "guided_unipc", "pixels", "normalized"}
+"""Kernels whose block may be any power of two; of the others only the warps are free."""
+
+Call = Callable[..., Any]
+
+
+class Run:
+    """What has been found so far."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.rows: list[dict[str, Any]] = []
+        self.sweep: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+        self.checks = 0
+        self.copy_gb_s = float("nan")
+        self.flush: torch.Tensor | None = None
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Note a failure and go on with the next case."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            traceback.print_exc(limit=-3)
+
+    def check(self, what: str, op: str, call: Call, args: tuple[Any, ...]) -> None:
+        with self.guarded(what):
+            self.checks += 1
+            self.failures += [f"{what}: {fault}" for fault in testing.faults(op, call(*args), args)]
+
+    def times(self, calls: dict[str, Call], args: tuple[Any, ...], moved: int) -> dict[str, list[float]]:
+        """Milliseconds of each launch by name, in turn; small operands are evicted from L2 before each."""
+        if self.device.type == "cpu":
+            return {name: [_wall_ms(call, args) for _ in range(3)] for name, call in calls.items()}
+        cold = torch.cuda.get_device_properties(self.device).L2_cache_size * L2_MULTIPLE
+        if self.flush is None:
+            self.flush = torch.empty(cold, dtype=torch.uint8, device=self.device)
+        marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        for turn in range(LAUNCHES + 3):
+            for name, call in calls.items():
+                if moved < cold:
+                    self.flush.zero_()
+                torch.cuda._sleep(QUEUE_CYCLES)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call(*args)
+                end.record()
+                if turn >= 3:
+                    marks.append((name, begin, end))
+            torch.cuda.synchronize()
+        return {name: [b.elapsed_time(e) for n, b, e in marks if n == name] for name in calls}
+
+    def measure_copy(self) -> None:
+        size = 2**30 if self.device.type == "cuda" else 2**20
+        source = torch.empty(size, dtype=torch.bfloat16, device=self.device).normal_()
+        target = torch.empty_like(source)
+        times = self.times({"copy": target.copy_}, (source,), 4 * size)
+        self.copy_gb_s = 4 * size / median(times["copy"]) / 1e6
+
+    def row(self, op: str, case: str, name: str, times: list[float], moved: int) -> dict[str, Any]:
+        low, mid, high = quantiles(times, n=4)
+        rate = moved / mid / 1e6
+        row = {
+            "op": op, "case": case, "candidate": name, "ms": mid, "iqr_ms": high - low, "bytes": moved,
+            "gb_s": rate, "copy_pct": 100 * rate / self.copy_gb_s,
+        }  # fmt: skip
+        print(
+            f"{op:15s} {case:15s} {name:12s} {mid:9.4f} ms {rate:8.0f} GB/s {row['copy_pct']:6.1f} %",
+            flush=True,
+        )
+        return row
+
+
+def _wall_ms(call: Call, args: tuple[Any, ...]) -> float:
+    begin = time.perf_counter()
+    call(*args)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def kernel(op: str) -> Call:
+    return next(c for c in TABLE[op].candidates if c.name == "triton").load()
+
+
+def peers(op: str) -> dict[str, Call]:
+    """Ours first."""
+    found = {"triton": kernel(op)}
+    if _native.available(f"{op}_cuda"):
+        found["cuda"] = getattr(torch.ops.cosmos_fast, f"{op}_cuda")
+    return found
+
+
+def bf16_first(args: tuple[Any, ...]) -> str:
+    """Whether the CUDA kernels take these operands, which they do in bf16 and fp32."""
+    return "" if args[0].dtype in (torch.bfloat16, torch.float32) else f"no {args[0].dtype}"
+
+
+def check_small(run: Run, op: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    for case in testing.CASES[op]:
+        if case.group == "production":
+            continue
+        for dtype in dtypes:
+            what = f"{op} {case.name} {dtype}"
+            with run.guarded(what):
+                args = testing.inputs(op, case, run.device, dtype)
+                for name, call in peers(op).items():
+                    if name == "triton" or not bf16_first(args):
+                        run.check(f"{what} {name}", op, call, args)
+
+
+def production(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
+    for case in testing.CASES[op]:
+        if case.group != group:
+            continue
+        with run.guarded(f"{op} {case.name}"):
+            args = testing.inputs(op, case, run.device, dtype)
+            calls = peers(op)
+            for name, call in calls.items():
+                run.check(f"{op} {case.name} {name}", op, call, args)
+            moved = testing.nbytes(op, args, testing._tuple(calls["triton"](*args)))
+            timed = run.times({**calls, "eager": getattr(reference, op)}, args, moved)
+            run.rows += [run.row(op, case.name, name, times, moved) for name, times in timed.items()]
+            del args
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def compiled(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
+    """The reference through torch.compile, at the first production case, next to ours again."""
+    case = next(c for c in testing.CASES[op] if c.group == group)
+    with run.guarded(f"{op} {case.name} compiled"):
+        args = testing.inputs(op, case, run.device, dtype)
+        plain = torch.compile(getattr(reference, op), dynamic=False)
+        moved = testing.nbytes(op, args, testing._tuple(kernel(op)(*args)))
+        timed = run.times({"triton": kernel(op), "compiled": plain}, args, moved)
+        run.rows.append(run.row(op, case.name, "compiled", timed["compiled"], moved))
+        run.rows[-1]["triton_in_turn_ms"] = median(timed["triton"])
+
+
+def sweep(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
+    """Other launch choices at the first production case."""
+    from cosmos_fast.kernels.launch import Config
+
+    case = next(c for c in testing.CASES[op] if c.group == group)
+    with run.guarded(f"{op} sweep"):
+        args = testing.inputs(op, case, run.device, dtype)
+        call = kernel(op)
+        moved = testing.nbytes(op, args, testing._tuple(call(*args)))
+        blocks = BLOCKS if op in FREE_BLOCK else (fixed_block(op, args),)
+        for config in (Config(block, warps) for block in blocks for warps in WARPS):
+            if op in FREE_BLOCK and not 4 <= config.block / config.warps / 32 <= 64:
+                continue
+            with run.guarded(f"{op} {config}"):
+                timed = run.times({"": lambda *a, c=config: call(*a, config=c)}, args, moved)
+                label = f"{config.block}/{config.warps}"
+                run.sweep.append(run.row(op, case.name, label, timed[""], moved))
+
+
+def fixed_block(op: str, args: tuple[Any, ...]) -> int:
+    if "adaln" in op or op == "residual":
+        return 1 << (args[0].shape[1] - 1).bit_length()
+    return {"patchify": 32, "unpatchify": 128}.get(op, 1)
+
+
+def environment(run: Run) -> dict[str, Any]:
+    import triton
+
+    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else None
+    return {
+        "gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
+        "python": platform.python_version(), "native": _native.reason("adaln_cuda") or "built",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--sweep", action="store_true", help="also time other launch choices")
+    parser.add_argument("--only", default="", help="comma-separated op names")
+    parser.add_argument("--compile-budget", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: needs a CUDA device, torch {torch.__version__} sees none.")
+    testing.kernels_from_checkout()
+    dry = options.device == "cpu"
+    group, dtype = ("small", torch.float16) if dry else ("production", torch.bfloat16)
+    ops = [op for op, row in TABLE.items() if any(c.name == "triton" for c in row.candidates)]
+    ops = [op for op in ops if not options.only or op in options.only.split(",")]
+    run, start = Run(options.device), time.perf_counter()
+    try:
+        run.measure_copy()
+        print(f"copy {run.copy_gb_s:.0f} GB/s on {environment(run)['gpu']}", flush=True)
+        for op in ops:
+            production(run, op, group, dtype)
+        for op in ops:
+            check_small(run, op, (torch.float16,) if dry else (torch.bfloat16, torch.float32))
+        print(
+            f"{run.checks} checks, {len(run.failures)} failures, {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+        if options.sweep:
+            for op in ops:
+                sweep(run, op, group, dtype)
+        since = time.perf_counter()
+        for op in ops:
+            if time.perf_counter() - since > options.compile_budget:
+                print(f"{op}: torch.compile not timed, its budget of {options.compile_budget} s is spent")
+            else:
+                compiled(run, op, group, dtype)
+    except Exception as error:
+        run.failures.append(f"run: {type(error).__name__}: {error}")
+        traceback.print_exc()
+    finally:
+        body = {
+            "environment": environment(run), "copy_gb_s": run.copy_gb_s, "checks": run.checks,
+            "seconds": time.perf_counter() - start, "rows": run.rows, "sweep": run.sweep, "failures": run.failures,
+        }  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    print(f"{run.checks} checks in {time.perf_counter() - start:.0f} s, {len(run.failures)} failures")
+    for failure in run.failures:
+        print(f"FAILED {failure}")
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
