@@ -91,10 +91,10 @@ class Diffusers:
                 if name.endswith(("norm_q", "norm_k")):
                     module.eps = 1e-6  # as published; diffusers' default is 1e-5
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """Compile every block in place, static shapes; `eager()` runs without what was compiled."""
         for block in (*self.transformer.transformer_blocks, *self.controlnet.control_blocks):
-            block.compile(dynamic=False)
+            block.compile(backend=backend, dynamic=False)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -129,7 +129,9 @@ class Diffusers:
         )[0][0]  # fmt: skip
 
     @torch.no_grad()
-    def block(self, index: int, x_LD: Tensor, grid: tuple[int, int, int], text_SE: Tensor, tau: Tensor) -> Tensor:
+    def block(
+        self, index: int, x_LD: Tensor, grid: tuple[int, int, int], text_SE: Tensor, tau: Tensor
+    ) -> Tensor:
         """Output (L, D) of one block of the Transformer alone, no hint added."""
         net = self.transformer
         temb, embedded = net.time_embed(x_LD[None], tau)
@@ -142,12 +144,14 @@ class Diffusers:
         return net.transformer_blocks[index](x_LD[None], context, embedded, temb, rotary)[0]
 
 
-def faster_attention(L: int, N: int, K: int, device: torch.device) -> tuple[Backends | None, dict[str, float]]:
+def faster_attention(
+    L: int, N: int, K: int, device: torch.device
+) -> tuple[Backends | None, dict[str, float | None]]:
     """Which of torch's own choice and cuDNN is faster at this size, so that the peer gets it; and both in ms."""
     if device.type != "cuda":
         return None, {}
     q, k, v = (torch.randn(1, N, L, K, dtype=torch.bfloat16, device=device) for _ in range(3))
-    times: dict[str, float] = {}
+    times: dict[str, float | None] = {}
     for name, backends in (("torch's choice", None), ("cudnn", CUDNN_FIRST)):
         try:
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
@@ -161,6 +165,7 @@ def faster_attention(L: int, N: int, K: int, device: torch.device) -> tuple[Back
             torch.cuda.synchronize()
             times[name] = min(marks[1].elapsed_time(marks[2]), marks[2].elapsed_time(marks[3]))
         except RuntimeError as error:
-            times[name] = float("inf")
+            times[name] = None
             print(f"peer attention {name}: {error}")
-    return (CUDNN_FIRST if times["cudnn"] < 0.98 * times["torch's choice"] else None), times
+    plain, cudnn = times["torch's choice"], times["cudnn"]
+    return (CUDNN_FIRST if cudnn is not None and (plain is None or cudnn < 0.98 * plain) else None), times

@@ -21,7 +21,10 @@ MODULATION_SCALE = 0.5
 
 
 def random_state(
-    config: NetworkConfig, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    config: NetworkConfig,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
     """Published name (after `net.`) -> random weight."""
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -13,7 +13,9 @@ from cosmos_fast.graphs import Captured, Graphed
 from cosmos_fast.network import Network, Pair, Single
 
 GRID = (2, 4, 6)
-CONFIG = NetworkConfig.tiny(width=64, heads=2, blocks=2, control_every=1, adaln_rank=8, text_width=16, text_dim=16)
+CONFIG = NetworkConfig.tiny(
+    width=64, heads=2, blocks=2, control_every=1, adaln_rank=8, text_width=16, text_dim=16
+)
 
 
 def bind(device="cpu", dtype=torch.float32, config=CONFIG, grid=GRID) -> Pair:

@@ -1,0 +1,374 @@
+"""Time, memory, kernels and error of the denoiser beside diffusers, in one process on one GPU.
+
+    python tools/bench_denoiser.py --out bench/results            everything but the full job
+    python tools/bench_denoiser.py --out F.json --only job --skip-peers --full-job
+    python tools/bench_denoiser.py --smoke --out /tmp/f.json      the same code on a CPU, tiny sizes
+
+Variants take turns call by call, so that drift of the clocks meets all alike. The file is rewritten after every section, a
+failing section does not stop the next, and the exit code says whether all of them passed. Random weights and inputs; the
+call excludes what is prepared once per clip, which is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
+
+from trace import trace  # noqa: E402
+
+import published  # noqa: E402
+import roofline  # noqa: E402
+from denoiser import GRIDS, STEP, Bench, Call  # noqa: E402
+from peers import Diffusers  # noqa: E402
+from published import gib, relative_l2  # noqa: E402
+
+from conftest import environment  # noqa: E402
+from cosmos_fast import costs, dispatch, ops, sampler  # noqa: E402
+from cosmos_fast.graphs import Graphed  # noqa: E402
+
+PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"}
+FAST_OPS = ("adaln", "residual", "residual_adaln", "head_norm", "qk_norm_rope", "gelu")
+SECTIONS = ("720", "trace", "waterfall", "accuracy", "block", "480", "image", "job")
+
+# --- sections --------------------------------------------------------------------------------------
+
+
+def case(b: Bench, name: str) -> None:
+    """Single call, guided pair and the peers at one grid, in turns."""
+    grid = b.grids[name]
+    given = published.inputs(b.config, grid, b.device, torch.bfloat16)
+    T, H, W = grid
+    flop = costs.network_flop(T * H * W // 4, b.config)
+    out: dict[str, Any] = {"grid": grid, "tokens": T * H * W // 4, "call_flop": flop}
+    b.record["cases"][name] = out
+    start = b.sync()
+    single, pair = published.bind(b.network, given)
+    out["prepare_first_s"] = b.sync() - start
+    z = given.z[None]
+    calls: dict[str, Call] = {"ours": lambda: single(z, STEP), "ours_pair": lambda: pair(z, STEP)}
+    first = {"ours": b.timed(calls["ours"])}
+    memory = {key: b.memory(call) for key, call in calls.items()}
+    out["prepare_s"] = b.timed(lambda: published.bind(b.network, given))
+    if name != "720" and b.device.type == "cuda":
+        try:
+            graphed = Graphed(pair)
+            first["ours_pair_graph"] = b.timed(lambda: graphed(z, STEP))
+            eager, replayed = pair(z, STEP), graphed(z, STEP)
+            same = all(torch.equal(x, y) for x, y in zip(eager, replayed, strict=True))
+            out["graph"] = {
+                "bitwise_equal": same,
+                "capture_s": graphed.capture_s,
+                "pool_gib": gib(graphed.pool_bytes),
+            }
+            calls["ours_pair_graph"] = lambda: graphed(z, STEP)
+        except Exception as error:  # graphs are optional: the case still counts, the reason is kept
+            out["graph"] = {"error": f"{type(error).__name__}: {error}"}
+    if name != "720":
+        torch._dynamo.reset()  # another size is another program; without this the limit on recompilations is reached
+    for key, call in b.peer_calls(given).items():
+        first[key] = b.timed(call)
+        memory[key] = b.memory(call)
+        calls[key] = call
+    out["first_call_s"] = first
+    rounds = b.args.rounds if name == "720" else 2 * b.args.rounds
+    rows = b.interleave(calls, rounds, name)
+    own = gib(published.weight_bytes(b.network))
+    for key, row in rows.items():
+        work = 2 * flop if "pair" in key else flop
+        row["tflop_s"] = work / row["median_s"] / 1e12
+        if b.peaks is not None:
+            row["gemm_peak_pct"] = 100 * row["tflop_s"] / b.peaks.bf16_tflop_s
+        row |= memory.get(key, {})
+        if (
+            "peak_gib" in row
+        ):  # the peer works on our weights, so what it holds alone is its weights and its activations
+            held = row["resident_gib"] if key.startswith("ours") else own
+            row["own_peak_gib"] = row["peak_gib"] - row["resident_gib"] + held
+    out["variants"] = rows
+
+
+def traces(b: Bench) -> None:
+    """Kernels of one call at the main grid: ours, and the compiled peer."""
+    given = published.inputs(b.config, b.grids["720"], b.device, torch.bfloat16)
+    single, pair = published.bind(b.network, given)
+    calls: dict[str, Call] = {
+        "ours": lambda: single(given.z[None], STEP),
+        "ours_pair": lambda: pair(given.z[None], STEP),
+    } | b.peer_calls(given)
+    b.record["trace"] = {}
+    for name, call in calls.items():
+        found = trace(call, b.device)
+        b.record["trace"][name] = found.as_dict()
+        print(f"\n== kernels: {name}\n{found.table(14)}", flush=True)
+
+
+def waterfall(b: Bench) -> None:
+    """One technique after the other at the main grid, each row on top of the one before."""
+    given = published.inputs(b.config, b.grids["720"], b.device, torch.bfloat16)
+    single, pair = published.bind(b.network, given)
+    cudnn = {"attention": "cudnn" if b.device.type == "cuda" else "sdpa"}
+    forced: dict[str, dict[str, str]] = {"plain": PLAIN | cudnn, "fused": cudnn, "attention": {}}
+
+    def under(choice: dict[str, str]) -> Call:
+        def call() -> None:
+            with dispatch.use(**choice):
+                single(given.z[None], STEP)
+
+        return call
+
+    calls = {name: under(choice) for name, choice in forced.items()}
+    calls["shared_pair"] = lambda: pair(given.z[None], STEP)
+    rows = b.interleave(calls, 2 if b.device.type == "cuda" else 1, "waterfall")
+    rows["shared_pair"]["per_call_s"] = rows["shared_pair"]["median_s"] / 2
+    b.record["waterfall"] = rows
+
+
+def accuracy(b: Bench) -> None:
+    """Error of whole calls at a small grid against fp64 weights and products; two such references check each other."""
+    grid = (4, 16, 24) if not b.args.smoke else (2, 4, 6)
+    given = published.inputs(b.config, grid, b.device, torch.bfloat16)
+    state = published.published(b.network)
+    tau = given.times[STEP].to(b.device) * b.config.timestep_scale
+    wide = given.to(torch.float64)
+    exact_net = published.build(b.config, state, b.device, torch.float64)
+    z = wide.z[None]
+    with dispatch.use(**PLAIN, attention="reference"):
+        exact = published.bind(exact_net, wide, rounded_rope=False)[0](z, STEP)[0]
+    found: dict[str, float] = {}
+    if (peer := b.theirs()) is not None:
+        with peer.eager():
+            theirs = Diffusers(b.config, published.published(exact_net))(wide.z, wide.control, wide.text, tau)
+            found["diffusers_fp64"] = relative_l2(theirs, exact)
+            exact = theirs  # wider inside than our reference ops, which work in fp32
+            found["diffusers_bf16"] = relative_l2(peer(given.z, given.control, given.text, tau), exact)
+    del exact_net
+    b.clear()
+    single = published.bind(b.network, given, rounded_rope=False)[0]
+    found["ours_bf16"] = relative_l2(single(given.z[None], STEP)[0], exact)
+    with dispatch.use(**PLAIN, attention="sdpa"):
+        found["reference_ops_bf16"] = relative_l2(single(given.z[None], STEP)[0], exact)
+    b.record["accuracy"] = {"grid": grid, "relative_l2": found} | _ratios(found)
+
+
+def _ratios(found: dict[str, float]) -> dict[str, float]:
+    keys = ("reference_ops_bf16", "diffusers_bf16")
+    return {f"ours_over_{key}": found["ours_bf16"] / found[key] for key in keys if key in found}
+
+
+def block(b: Bench) -> None:
+    """Error of one whole block at the main grid, for sampled tokens, against fp64 throughout."""
+    from exact_block import exact_block
+
+    index, grid = 1, b.grids["720"]
+    given = published.inputs(b.config, grid, b.device, torch.bfloat16)
+    ctx = published.bind(b.network, given, rounded_rope=False)[0].ctx
+    L = ctx.cos.shape[0]
+    generator = torch.Generator(device=b.device).manual_seed(7)
+    x = torch.randn(L, b.config.width, generator=generator, device=b.device, dtype=torch.bfloat16)
+    rows = torch.randperm(L, generator=generator, device=b.device)[:512].sort().values
+    tau = given.times[STEP].to(b.device) * b.config.timestep_scale
+    state = published.published(b.network)
+    exact = exact_block(b.config, state, index, x, rows, given.text, float(tau), ctx.cos, ctx.sin)
+
+    def ours() -> Tensor:
+        keys, mod = ctx.prompt.blocks[index], ctx.tables.blocks[index]
+        y, pending = b.network.blocks[index](x, None, keys, mod, STEP, ctx)
+        return ops.residual(y, pending, ctx.rows)[rows]
+
+    found = {"ours_bf16": relative_l2(ours(), exact)}
+    with dispatch.use(**PLAIN, attention="sdpa"):
+        found["reference_ops_bf16"] = relative_l2(ours(), exact)
+    if (peer := b.theirs()) is not None:
+        with peer.eager():
+            found["diffusers_bf16"] = relative_l2(peer.block(index, x, grid, given.text, tau)[rows], exact)
+    b.record["block"] = {"grid": grid, "tokens": len(rows), "relative_l2": found} | _ratios(found)
+
+
+def job(b: Bench) -> None:
+    """All steps of the base schedule through the sampler, nothing in between, prepare included."""
+    steps = b.args.steps
+    given = published.inputs(b.config, b.grids["720"], b.device, torch.bfloat16, steps=steps)
+    noise = sampler.noise(0, (1, b.config.latent_channels, *given.grid)).to(b.device)
+    marks: list[Any] = []
+
+    def told(index: int, total: int) -> None:
+        if b.device.type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    b.clear()
+    if b.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with b.watch("job"):
+        start = b.sync()
+        pair = published.bind(b.network, given)[1]
+        prepared = b.sync()
+        x0 = sampler.sample(pair, noise, sampler.base_schedule(steps), guidance=3.0, on_step=told)
+        end = b.sync()
+    if b.device.type == "cuda":
+        gaps = [a.elapsed_time(c) / 1e3 for a, c in zip(marks, marks[1:])]
+    else:
+        gaps = [c - a for a, c in zip(marks, marks[1:])]
+    b.record["job"] = {
+        "steps": steps, "calls": 2 * steps, "seconds": end - start, "prepare_s": prepared - start, "step_s": gaps,
+        "latent_std": float(x0.std()), "gpu": b.watch.summary("job"),
+        "peak_gib": gib(torch.cuda.max_memory_allocated()) if b.device.type == "cuda" else None,
+    }  # fmt: skip
+
+
+# --- running them ----------------------------------------------------------------------------------
+
+
+def destination(out: Path, record: dict[str, Any]) -> Path:
+    """The file itself, or in a folder the place that tools/report.py reads: <gpu>/<date>-<commit>-denoiser.json."""
+    if out.suffix == ".json":
+        path = out
+    else:
+        env = record["environment"]
+        gpu = re.sub(r"[^a-z0-9]+", "-", str(env["gpu"] or "cpu").lower()).strip("-")
+        path = out / gpu / f"{env['date'][:10]}-{(env['commit'] or 'nocommit')[:8]}-denoiser.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def summary(record: dict[str, Any]) -> str:
+    lines = ["ops: " + ", ".join(f"{row['op']}={row['chosen']}" for row in record.get("ops", []))]
+    for name, one in record["cases"].items():
+        lines.append(f"{name} {one['grid']} prepare {one.get('prepare_s', 0):.3f} s")
+        for key, row in one.get("variants", {}).items():
+            clock = row["gpu"].get("sm_mhz", {}).get("median", 0)
+            lines.append(
+                f"  {key:<20}{row['median_s']:9.4f} s  iqr {row['iqr_s']:.4f}  {row['tflop_s']:6.1f} TFLOP/s  "
+                f"peak {row.get('own_peak_gib', 0):5.2f} GiB  first {one['first_call_s'].get(key, 0):6.2f} s  {clock:.0f} MHz"
+            )
+        if "graph" in one:
+            lines.append(f"  graph {one['graph']}")
+    for name, row in record.get("waterfall", {}).items():
+        lines.append(f"waterfall {name:<12}{row.get('per_call_s', row['median_s']):9.4f} s per call")
+    for name, row in record.get("trace", {}).items():
+        classes = {k: round(v, 1) for k, v in row["classes_ms"].items()}
+        lines.append(
+            f"trace {name:<20} other {100 * row['other_share']:.2f} % of {row['span_ms']:.1f} ms {classes}"
+        )
+    for name in ("accuracy", "block"):
+        if name in record:
+            lines.append(f"{name} {record[name]}")
+    if "job" in record:
+        one = record["job"]
+        lines.append(
+            f"job {one['steps']} steps {one['seconds']:.2f} s, peak {one['peak_gib']}, std {one['latent_std']:.3f}"
+        )
+    for name, section in record["sections"].items():
+        lines.append(
+            f"section {name:<10}{section['status']:<8}{section['seconds']:7.1f} s {section.get('error', '')[-300:]}"
+        )
+    return "\n".join(lines)
+
+
+def goals(record: dict[str, Any]) -> str:
+    """The main case against what was set out to reach."""
+    rows, found = record["cases"].get("720", {}).get("variants", {}), record.get("trace", {}).get("ours", {})
+    values = [
+        ("call s", rows.get("ours", {}).get("median_s"), 3.2),
+        ("pair s", rows.get("ours_pair", {}).get("median_s"), 6.2),
+        ("pair peak GiB", rows.get("ours_pair", {}).get("own_peak_gib"), 12.0),
+        ("share outside attention and GEMM", found.get("other_share"), 0.04),
+        ("call error over eager bf16", record.get("accuracy", {}).get("ours_over_reference_ops_bf16"), 1.2),
+        ("block error over eager bf16", record.get("block", {}).get("ours_over_reference_ops_bf16"), 1.2),
+    ]
+    return "\n".join(
+        f"goal {name:<34}{value:8.4f} <= {limit:<5} {'met' if value <= limit else 'MISSED'}"
+        for name, value, limit in values
+        if value is not None
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a .json file, or the folder bench/results")
+    parser.add_argument("--grid", help="T,H,W of the latent in the main case (default 24,88,160)")
+    parser.add_argument("--only", help=f"comma-separated sections of {', '.join(SECTIONS)}")
+    parser.add_argument("--skip-peers", action="store_true")
+    parser.add_argument("--full-job", action="store_true", help="also run all steps without a break")
+    parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--allow-reference", action="store_true", help="go on where an op has no fast version here"
+    )
+    parser.add_argument("--deadline-s", type=float, default=570, help="start no section after this")
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: checks this script")
+    args = parser.parse_args(argv)
+    wanted = args.only.split(",") if args.only else [s for s in SECTIONS if s != "job"]
+    wanted += ["job"] if args.full_job and "job" not in wanted else []
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+
+    b = Bench(args, environment() | ({"commit": args.commit} if args.commit else {}))
+    path = destination(args.out, b.record)
+    steps: dict[str, Callable[[Bench], None]] = {
+        "trace": traces, "waterfall": waterfall, "accuracy": accuracy, "block": block, "job": job,
+    }  # fmt: skip
+
+    def section(name: str, run: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        entry: dict[str, Any] = {"status": "ok", "seconds": 0.0}
+        b.record["sections"][name] = entry
+        if start - b.started > args.deadline_s:
+            entry |= {"status": "skipped", "error": f"past the deadline of {args.deadline_s:.0f} s"}
+        else:
+            try:
+                with torch.no_grad():
+                    run()
+            except Exception as error:  # one section must not lose the others
+                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+                traceback.print_exc()
+        entry["seconds"] = time.perf_counter() - start
+        path.write_text(json.dumps(b.record, indent=1) + "\n", encoding="utf-8")
+        print(f"[{time.perf_counter() - b.started:6.1f} s] {name}: {entry['status']}", flush=True)
+        b.clear()
+
+    section("build", b.build)
+    chosen = {row["op"]: row["chosen"] for row in b.record.get("ops", [])}
+    print(chosen, flush=True)
+    slow = [op for op in FAST_OPS if chosen.get(op) == "reference"] + [
+        a for a in ("attention",) if chosen.get(a) == "sdpa"
+    ]
+    if slow and not (args.allow_reference or args.smoke):
+        print(
+            f"bench_denoiser: no fast version of {', '.join(slow)} here: {b.record.get('ops')}. --allow-reference goes on."
+        )
+        return 3
+
+    def measure_peaks() -> None:
+        if b.device.type == "cuda":
+            b.peaks = roofline.measure_peaks(b.device)
+            b.record["peaks"] = b.peaks.as_dict()
+
+    section("peaks", measure_peaks)
+    for name in wanted:
+        section(
+            name, (lambda name=name: case(b, name)) if name in GRIDS else (lambda name=name: steps[name](b))
+        )
+    b.watch.close()
+    print(f"\n{summary(b.record)}\n{goals(b.record)}\nwritten: {path}")
+    return int(any(s["status"] != "ok" for s in b.record["sections"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
