@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from .formats import MediaError
-from .video_sniff import IMAGE_FORMATS, VIDEO_FORMATS
+from .video_sniff import IMAGE_FORMATS, VIDEO_FORMATS, image_facts
 
 FILTERS = {
     "area": cv2.INTER_AREA,
@@ -115,6 +115,9 @@ class Decoder:
     """Packets that could not be read or decoded, one reason each."""
 
     def __post_init__(self) -> None:
+        if self.demuxer in IMAGE_FORMATS:  # opening one decodes it, so its size must be known before
+            facts = image_facts(self.path, self.demuxer)
+            self.limits.check(self.path, facts.width, facts.height, 1)
         # `file:` and the white lists keep FFmpeg from following anything a file may point to.
         options = {"protocol_whitelist": "file", "format_whitelist": self.demuxer}
         if self.demuxer == "mov":

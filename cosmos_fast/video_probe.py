@@ -28,7 +28,7 @@ from .video_decode import (
     is_transparent,
     orientation_of,
 )
-from .video_sniff import IMAGE_FORMATS, jpeg_facts, sniff, stat_regular
+from .video_sniff import IMAGE_FORMATS, image_facts, sniff, stat_regular
 
 _STANDARD_RATES = sorted(
     {Fraction(n) for n in (*range(1, 61), 72, 75, 90, 100, 119, 120, 144, 240)}
@@ -184,9 +184,9 @@ class _Pass:
         self.coded = (frame.width, frame.height)
         self.orientation = orientation_of(self.path, frame)
         if self.decoder.demuxer == "jpeg_pipe":
-            exif, complete = jpeg_facts(self.path)
-            self.orientation = Orientation.from_exif(exif)
-            self.flagged += not complete
+            facts = image_facts(self.path, self.decoder.demuxer)
+            self.orientation = Orientation.from_exif(facts.orientation)
+            self.flagged += not facts.complete
         sar = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
         sar = Fraction(sar.numerator, sar.denominator) if sar else Fraction(1)
         self.size = display_size(frame.width, frame.height, sar if sar > 0 else Fraction(1), self.orientation)

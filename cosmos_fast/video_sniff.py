@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -93,18 +94,40 @@ def sniff(path: Path) -> str:
     return demuxer
 
 
-def jpeg_facts(path: Path) -> tuple[int, bool]:
-    """EXIF orientation (1 if absent) and whether the picture data reaches its end marker."""
-    data = path.read_bytes()
-    position, orientation = 2, 1
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header of an image says: size in pixels, EXIF orientation (1 to 8), whether its end is there."""
+
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    complete: bool = True
+
+
+def image_facts(path: Path, demuxer: str) -> ImageFacts:
+    """Read an image's header without decoding, so that a bomb is known before any decoder sees it."""
+    if demuxer == "jpeg_pipe":
+        return _jpeg_facts(path.read_bytes())
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if demuxer == "gif":
+        return ImageFacts(int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little"))
+    return ImageFacts(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+
+
+def _jpeg_facts(data: bytes) -> ImageFacts:
+    position, width, height, orientation = 2, 0, 0, 1
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        segment = data[position + 4 : position + 2 + length]
         if marker == 0xE1:
-            orientation = _exif_orientation(data[position + 4 : position + 2 + length]) or orientation
-        position += 2 + length
+            orientation = _exif_orientation(segment) or orientation
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
+        position += 2 + max(length, 2)
         if marker == 0xDA:  # picture data follows; in it 0xFF is always escaped
-            return orientation, data.find(b"\xff\xd9", position) >= 0
-    return orientation, False
+            return ImageFacts(width, height, orientation, data.find(b"\xff\xd9", position) >= 0)
+    return ImageFacts(width, height, orientation, complete=False)
 
 
 def _exif_orientation(segment: bytes) -> int | None:

@@ -160,9 +160,9 @@ def test_cut_transport_stream(tmp_path: Path, clips: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["fast", "mkv", "avi", "ts"])
 def test_flipped_bytes_are_refused_or_counted(tmp_path: Path, clips: dict[str, Path], name: str) -> None:
-    clip, size = clips[name], clips[name].stat().st_size
-    start = media.packet_span(clip, 3)[0]  # past every header
-    path = media.flip(clip, tmp_path / clip.name, 40, seed=1, start=start, stop=size * 8 // 10)
+    clip = clips[name]
+    start, stop = media.packet_span(clip, 12)  # a key frame; only its second half, past every header
+    path = media.flip(clip, tmp_path / clip.name, 15, seed=1, start=(start + stop) // 2, stop=stop)
     refused(path, "frames readable, .* damaged")
     found = probe(path, on_corrupt="warn")
     assert found.corrupt > 0 and any(note.startswith("damaged:") for note in found.notes)
@@ -276,6 +276,27 @@ def test_bombs_are_refused_from_the_header(clips: dict[str, Path], no_decoding: 
 def test_bombs_without_a_count_are_refused_on_the_way(clips: dict[str, Path], name: str) -> None:
     refused(clips[name], "at most 50 frames, got 51", limits=Limits(frames=50))
     refused(clips[name], "at most 0.0005 GB", limits=Limits(total_bytes=500_000))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif"])
+def test_image_bombs_are_refused_before_they_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"i{suffix}"
+    if suffix == ".png":
+        media.write_png(path, media.corners())
+    elif suffix == ".jpg":
+        media.write_jpeg(path, media.corners())
+    else:
+        media.write_gif(path)
+    order = "little" if suffix == ".gif" else "big"
+    place = {".png": 18, ".gif": 6}.get(suffix) or path.read_bytes().index(b"\xff\xc0") + 7
+    data = bytearray(path.read_bytes())
+    assert int.from_bytes(data[place : place + 2], order) == 64
+    data[place : place + 2] = (60_000).to_bytes(2, order)
+    path.write_bytes(data)
+    monkeypatch.setattr(video_decode.av, "open", lambda *args, **options: pytest.fail("the image was opened"))
+    refused(path, "at most 8192 pixels, got 60000x48", 1)
 
 
 def test_default_limits() -> None:
