@@ -13,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cosmos-fast")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ and nothing else")
     group.addoption("--benchmark-cpu", action="store_true", help="run the small benchmark cases on the CPU")
+    group.addoption("--benchmark-commit", help="commit to record where the code is a copy without git")
     group.addoption(
         "--benchmark-results",
         type=Path,
