@@ -129,12 +129,16 @@ def _pixels(r: Random, F: int, H: int, W: int, last: int = 0) -> Args:
     return (x.contiguous(memory_format=torch.channels_last_3d) if last else x,)
 
 
+def _conv3d(r: Random, C: int, O: int, F: int, H: int, W: int) -> Args:  # noqa: E741
+    return r.normal(1, C, F + 2, H, W), r.normal(O, C, 3, 3, 3) * (27 * C) ** -0.5, r.normal(O)
+
+
 MAKERS: dict[str, Callable[..., Args]] = {
     "adaln": _adaln, "residual": _residual, "residual_adaln": _residual_adaln, "head_norm": _head_norm,
     "qk_norm_rope": _qk_norm_rope, "patchify": _patchify, "unpatchify": _unpatchify,
     "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
     "attention": lambda r, L, S, N, K: (r.normal(L, N, K), r.normal(S, N, K), r.normal(S, N, K)),
-    "guided_unipc": _guided_unipc, "pixels": _pixels, "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
+    "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": _pixels, "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
 }  # fmt: skip
 
 # --- the cases -------------------------------------------------------------------------------------
@@ -177,6 +181,7 @@ def _row_cases(hints: bool) -> tuple[Case, ...]:
 
 
 _OUT32 = Case("head", "small", "the head normalises into fp32", {"L": 6, "D": 128, "fp32_out": 1})
+_HEAD = Case("720p head", "production", "as the head does", {"L": _720P, "D": 2048, "fp32_out": 1})
 _HEADS, _TINY = {"N": 16, "K": 128}, {"N": 2, "K": 64}
 _ODD_HEADS = Case(
     "3 heads of 96", "odd", "neither heads nor head width a power of two", {"L": 5, "N": 3, "K": 96}
@@ -188,7 +193,7 @@ _PICTURE = {"F": 93, "H": 704, "W": 1280}
 CASES: dict[str, tuple[Case, ...]] = {
     "adaln": (*_row_cases(hints=False), _OUT32),
     "residual": _row_cases(hints=True),
-    "residual_adaln": (*_row_cases(hints=True), _OUT32),
+    "residual_adaln": (*_row_cases(hints=True), _OUT32, _HEAD),
     "head_norm": _token_cases(_HEADS, _TINY, [
         _ODD_HEADS, _ONE_HEAD,
         Case("packed", "odd", "the last third of a packed projection: strided rows", {"L": 5, "N": 2, "K": 64, "packed": 3}),
@@ -216,6 +221,12 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("odd", "odd", "channels no power of two, last block partly full", {"C": 3, "T": 3, "H": 4, "W": 10}),
         Case("one token", "odd", "an image of one token", {"C": 1, "T": 1, "H": 2, "W": 2}),
         Case("empty", "empty", "no frame", {"C": 4, "T": 0, "H": 4, "W": 4}),
+    ),
+    "conv3d": (
+        Case("720p", "production", "four frames of the widest stage", {"C": 96, "O": 96, "F": 4, "H": 704, "W": 1280}),
+        Case("small", "small", "a short window", {"C": 16, "O": 8, "F": 2, "H": 6, "W": 10}),
+        Case("one frame", "odd", "frame 0 alone, one pixel", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1}),
+        Case("empty", "empty", "history alone", {"C": 4, "O": 4, "F": 0, "H": 4, "W": 4}),
     ),
     "guided_unipc": (
         Case("720p", "production", "93 frames of 1280x704, guidance", _LATENT),
@@ -323,19 +334,20 @@ def _doubled(value: Any) -> Any:
     return [_doubled(part) for part in value] if isinstance(value, list) else value
 
 
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """Outputs of an op, one or several, as a tuple."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def eager(op: str, args: Args) -> tuple[Tensor, ...]:
     """The reference in the dtypes of `args`."""
-    return _tuple(getattr(reference, op)(*args))
+    return as_tuple(getattr(reference, op)(*args))
 
 
 def fp64(op: str, args: Args) -> tuple[Tensor, ...]:
     """The reference with every floating-point step in fp64."""
     with _Fp64():
-        return _tuple(getattr(reference, op)(*(_doubled(value) for value in args)))
+        return as_tuple(getattr(reference, op)(*(_doubled(value) for value in args)))
 
 
 _ROWS = {
@@ -372,7 +384,7 @@ def _windows(op: str, args: Args) -> Iterator[tuple[slice, Args]]:
 
 def faults(op: str, outputs: Tensor | tuple[Tensor, ...], args: Args) -> list[str]:
     """What is wrong with these outputs of an implementation, measured against the reference; [] if nothing."""
-    got, found = _tuple(outputs), []
+    got, found = as_tuple(outputs), []
     ours, theirs = [Error()] * len(got), [Error()] * len(got)
     for part, cut in _windows(op, args):
         plain = eager(op, cut)

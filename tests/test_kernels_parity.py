@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosmos_fast import testing
 from cosmos_fast.dispatch import TABLE, use
-from cosmos_fast.testing import CASES, Case
+from cosmos_fast.testing import CASES, Case, as_tuple
 
 testing.kernels_from_checkout()
 
@@ -32,10 +32,6 @@ def rows(*groups: str) -> list[Any]:
         for case in CASES[op]
         if case.group in groups
     ]
-
-
-def all_of(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def test_the_pointwise_ops_have_kernels() -> None:
@@ -65,7 +61,7 @@ def test_interpreted_writes_all_of_its_outputs_and_nothing_else(op: str, case: C
 def check_fences(op: str, case: Case, device: str, dtype: torch.dtype) -> None:
     args = testing.inputs(op, case, device, dtype)
     with Fenced() as fenced:
-        outputs = all_of(kernel(op)(*args))
+        outputs = as_tuple(kernel(op)(*args))
     assert len(fenced.buffers) >= len(outputs) and fenced.broken() == 0
     assert testing.faults(op, outputs, args) == []
 
@@ -113,7 +109,7 @@ def small(op: str) -> Iterator[tuple[Any, ...]]:
 @pytest.mark.parametrize("op", KERNELS)
 def test_gpu_runs_on_the_current_stream(op: str, small: tuple[Any, ...]) -> None:
     """Inputs are ready on the side stream only after a long sleep; a launch elsewhere would read what is stale."""
-    expected = all_of(kernel(op)(*small))
+    expected = as_tuple(kernel(op)(*small))
     ready = [value.clone() if isinstance(value, Tensor) else value for value in small]
     stale = [torch.zeros_like(v) if isinstance(v, Tensor) else v for v in small]
     torch.cuda.synchronize()
@@ -123,7 +119,7 @@ def test_gpu_runs_on_the_current_stream(op: str, small: tuple[Any, ...]) -> None
         for old, new in zip(stale, ready, strict=True):
             if isinstance(old, Tensor):
                 old.copy_(new)
-        outputs = all_of(kernel(op)(*stale))
+        outputs = as_tuple(kernel(op)(*stale))
     side.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
@@ -131,11 +127,11 @@ def test_gpu_runs_on_the_current_stream(op: str, small: tuple[Any, ...]) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", KERNELS)
 def test_gpu_can_be_captured(op: str, small: tuple[Any, ...]) -> None:
-    expected = all_of(kernel(op)(*small))  # compiles, which a capture must not
+    expected = as_tuple(kernel(op)(*small))  # compiles, which a capture must not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = all_of(kernel(op)(*small))
+        outputs = as_tuple(kernel(op)(*small))
     for tensor in outputs:
         tensor.zero_()
     graph.replay()
@@ -146,7 +142,7 @@ def test_gpu_can_be_captured(op: str, small: tuple[Any, ...]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", KERNELS)
 def test_gpu_twice_gives_the_same_bits(op: str, small: tuple[Any, ...]) -> None:
-    first, second = (all_of(kernel(op)(*small)) for _ in range(2))
+    first, second = (as_tuple(kernel(op)(*small)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -156,7 +152,7 @@ def test_gpu_runs_on_the_device_of_its_tensors(op: str) -> None:
     case = next(c for c in CASES[op] if c.group == "small")
     args = testing.inputs(op, case, "cuda:1", torch.bfloat16)
     assert torch.cuda.current_device() == 0
-    outputs = all_of(kernel(op)(*args))
+    outputs = as_tuple(kernel(op)(*args))
     assert all(tensor.device == torch.device("cuda:1") for tensor in outputs)
     assert torch.cuda.current_device() == 0
     assert testing.faults(op, outputs, args) == []
@@ -168,7 +164,7 @@ def test_gpu_is_the_choice_and_compiles_without_a_break(op: str, small: tuple[An
     call = getattr(torch.ops.cosmos_fast, op)
     with use(**{op: "triton"}):
         compiled = torch.compile(lambda *args: call(*args), fullgraph=True)
-        outputs = all_of(compiled(*small))
+        outputs = as_tuple(compiled(*small))
     assert testing.faults(op, outputs, small) == []
 
 
@@ -178,5 +174,5 @@ def test_gpu_rounds_as_the_reference_does(op: str) -> None:
     """The solver step is not fused into multiply-adds, so a sampler gives the same latents with either."""
     for case in CASES[op]:
         args = testing.inputs(op, case, "cuda", torch.float32)
-        for mine, its in zip(all_of(kernel(op)(*args)), testing.eager(op, args), strict=True):
+        for mine, its in zip(as_tuple(kernel(op)(*args)), testing.eager(op, args), strict=True):
             assert torch.equal(mine, its), case.name

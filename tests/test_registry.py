@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_fast import testing
 from cosmos_fast.dispatch import TABLE, Candidate, use
-from cosmos_fast.testing import CASES, MAKERS, Case
+from cosmos_fast.testing import CASES, MAKERS, Case, as_tuple
 
 testing.kernels_from_checkout()
 
@@ -32,10 +32,6 @@ def overload(op: str) -> Any:
 def runnable(op: str, device: str, dtype: torch.dtype) -> list[Candidate]:
     """Candidates that this machine can run on tensors of this device and dtype of the first argument."""
     return [c for c in TABLE[op].candidates if c.obstacle(torch.device(device), dtype) is None]
-
-
-def all_of(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 @pytest.mark.parametrize("op", TABLE)
@@ -86,9 +82,9 @@ def test_fake_has_the_metadata_of_every_candidate(op: str, case: Case, dtype: to
     args = testing.inputs(op, case, "cpu", dtype)
     with FakeTensorMode() as mode:
         given = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
-        fakes = all_of(overload(op)(*given))
+        fakes = as_tuple(overload(op)(*given))
     for candidate in runnable(op, "cpu", args[0].dtype):
-        for fake, real in zip(fakes, all_of(candidate.load()(*args)), strict=True):
+        for fake, real in zip(fakes, as_tuple(candidate.load()(*args)), strict=True):
             assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device), (
                 candidate.name
             )
@@ -96,8 +92,10 @@ def test_fake_has_the_metadata_of_every_candidate(op: str, case: Case, dtype: to
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """Of the axes where a stride means something."""
-    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    """Of the axes where a stride means something; none in an empty tensor."""
+    return [
+        step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1 and tensor.numel()
+    ]
 
 
 def check_candidates(op: str, args: tuple[Any, ...], device: str) -> None:
@@ -132,16 +130,16 @@ def test_gpu_candidates_run_on_a_side_stream_and_in_a_graph(op: str) -> None:
     args = testing.inputs(op, case, "cuda", torch.bfloat16)
     for candidate in runnable(op, "cuda", args[0].dtype):
         with use(**{op: candidate.name}):
-            expected = all_of(overload(op)(*args))
+            expected = as_tuple(overload(op)(*args))
             torch.cuda.synchronize()
             side = torch.cuda.Stream()
             with torch.cuda.stream(side):
-                outputs = all_of(overload(op)(*args))
+                outputs = as_tuple(overload(op)(*args))
             side.synchronize()
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), candidate.name
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                outputs = all_of(overload(op)(*args))
+                outputs = as_tuple(overload(op)(*args))
             for tensor in outputs:
                 tensor.zero_()
             graph.replay()
