@@ -36,7 +36,7 @@ from peers import Diffusers  # noqa: E402
 from published import gib, relative_l2  # noqa: E402
 
 from conftest import environment  # noqa: E402
-from cosmos_fast import costs, dispatch, ops, sampler  # noqa: E402
+from cosmos_fast import costs, dispatch, ops, sampler, testing  # noqa: E402
 from cosmos_fast.graphs import Graphed  # noqa: E402
 
 PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"}
@@ -319,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
 
+    testing.kernels_from_checkout()
     b = Bench(args, environment() | ({"commit": args.commit} if args.commit else {}))
     path = destination(args.out, b.record)
     steps: dict[str, Callable[[Bench], None]] = {

@@ -136,9 +136,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import published
 
+    from cosmos_fast import testing
     from cosmos_fast.config import NetworkConfig
     from cosmos_fast.dispatch import pick_device
 
+    testing.kernels_from_checkout()
     device = pick_device("cpu" if args.smoke else "cuda")
     config = NetworkConfig.tiny() if args.smoke else NetworkConfig.single()
     T, H, W = (3, 8, 12) if args.smoke else map(int, args.grid.split(","))

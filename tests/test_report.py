@@ -1,0 +1,195 @@
+"""README tables and figures: what is shown comes from the newest result that has it, and a stale README is noticed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job")
+README = "# Title\n" + "".join(
+    f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
+)
+
+
+def environment(date: str) -> dict:
+    return {"gpu": "GPU X", "torch": "2.11", "cuda": "13.0", "commit": "abcdef0123", "date": date,
+            "nvidia_smi": {"power.limit": "700.00 W"}}  # fmt: skip
+
+
+def variant(seconds: float, peak: float) -> dict:
+    gpu = {"sm_mhz": {"median": 1755.0}, "power_w": {"median": 690.0}}
+    return {"median_s": seconds, "iqr_s": 0.011, "tflop_s": 700.0, "own_peak_gib": peak, "gpu": gpu}
+
+
+DENOISER = {
+    "kind": "denoiser", "environment": environment("2026-01-02T00:00:00"),
+    "cases": {"720": {
+        "variants": {"ours": variant(3.125, 8.5), "ours_pair": variant(6.5, 9.5), "diffusers": variant(4.75, 11.0)},
+        "first_call_s": {"ours": 12.5, "diffusers": 5.5},
+    }},
+    "trace": {"ours": {"classes_ms": {"attention": 2600.0, "gemm": 450.0, "pointwise": 60.0, "copy": 1.0},
+                       "idle_ms": 2.0, "other_share": 0.0202, "span_ms": 3113.0}},
+    "waterfall": {"plain": {"median_s": 4.0}, "fused": {"median_s": 3.2}, "shared_pair": {"median_s": 6.0, "per_call_s": 3.0}},
+    "accuracy": {"grid": [4, 16, 24], "relative_l2": {"ours_bf16": 0.007, "reference_ops_bf16": 0.0071, "diffusers_bf16": 0.009}},
+    "job": {"steps": 35, "calls": 70, "seconds": 217.5, "prepare_s": 0.25, "peak_gib": 9.5},
+}  # fmt: skip
+KERNELS = {"environment": environment("2026-01-01T00:00:00"), "rows": [
+    {"op": "gelu", "case": "720p", "candidate": "triton", "ms": 0.5, "copy_pct": 91.0},
+    {"op": "gelu", "case": "720p", "candidate": "eager", "ms": 1.5, "copy_pct": 30.0},
+]}  # fmt: skip
+VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases": {"720": {"variants": {
+    "ours_encode": {"median_s": 1.5}, "ours_decode": {"median_s": 2.5}, "diffusers_decode": {"median_s": 5.5},
+}}}}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    folder = tmp_path / "results" / "gpu-x"
+    folder.mkdir(parents=True)
+    for name, record in (("a-denoiser", DENOISER), ("a-kernels", KERNELS), ("a-vae", VAE)):
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def report(place: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    where = ("--results", str(place / "results"), "--readme", str(place / "README.md"))
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), *where, *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def figures(place: Path) -> dict:
+    return json.loads(report(place, "--figures").stdout)
+
+
+def test_tables_replace_only_what_is_between_markers(place: Path) -> None:
+    assert report(place).returncode == 0
+    text = (place / "README.md").read_text()
+    assert "old " not in text and all(f"kept {n}\n" in text for n in NAMES) and text.startswith("# Title\n")
+    assert (
+        "| ours | 1 | 3.125 | 0.011 | 1.00 | 700 |" in text
+        and "| diffusers | 1 | 4.750 | 0.011 | 1.52 |" in text
+    )
+    assert "| diffusers, twice | 2 | 9.500 | 0.022 | 1.46 |" in text and "power limit 700.00 W" in text
+    assert "| + block 0 shared by both prompts | 3.000 | 1.33 |" in text
+    assert "| ours | 2600.0 | 450.0 | 60.0 | 1.0 | 2.0 | 2.02 |" in text
+    assert "| gelu, 720p | triton | 0.500 | 91 | 3.00 | – |" in text
+    assert "| whole call, latent 4 x 16 x 24 | 7.00e-03 | 7.10e-03 | 9.00e-03 |" in text
+    assert "| 35 steps, uninterrupted | 70 | 217.5 | 0.25 | 9.5 |" in text
+
+
+def test_check_notices_a_stale_readme_and_leaves_it(place: Path) -> None:
+    before = (place / "README.md").read_text()
+    done = report(place, "--check")
+    assert done.returncode == 1 and "differs from the result files" in done.stdout
+    assert (place / "README.md").read_text() == before
+    report(place)
+    assert report(place, "--check").returncode == 0
+    edited = (place / "README.md").read_text().replace("3.125", "3.025")
+    (place / "README.md").write_text(edited)
+    assert report(place, "--check").returncode == 1
+
+
+def test_figures_name_value_unit_file_and_peer(place: Path) -> None:
+    found = figures(place)
+    assert found["denoiser_call_s.exact"] == {
+        "value": 3.125, "unit": "s", "file": "bench/results/gpu-x/a-denoiser.json", "peer": {"diffusers": 4.75},
+    }  # fmt: skip
+    assert found["denoiser_pair_s.exact"]["value"] == 6.5 and found["denoiser_pair_s.exact"]["peer"] == {
+        "diffusers": 9.5
+    }
+    assert found["pointwise_share.exact"]["value"] == 0.0202
+    assert found["denoiser_peak_gib.exact"] == {
+        "value": 9.5, "unit": "GiB", "file": "bench/results/gpu-x/a-denoiser.json", "peer": {"diffusers": 11.0},
+    }  # fmt: skip
+    assert found["vae_encode_s"]["value"] == 1.5 and found["vae_decode_s"]["peer"] == {"diffusers": 5.5}
+    assert found["call_error.exact"]["peer"]["reference_ops_bf16"] == 0.0071
+
+
+def test_newest_result_wins_part_by_part(place: Path) -> None:
+    newer = {"kind": "denoiser", "environment": environment("2026-02-01T00:00:00")}
+    newer["cases"] = copy.deepcopy(DENOISER["cases"])
+    newer["cases"]["720"]["variants"]["ours"]["median_s"] = 3.0
+    (place / "results" / "gpu-x" / "0-newer.json").write_text(json.dumps(newer))
+    found = figures(place)
+    assert found["denoiser_call_s.exact"]["value"] == 3.0
+    assert found["denoise_clip_s.exact"]["value"] == 217.5  # only the older one has it
+
+
+@pytest.mark.parametrize("args", [{"smoke": "True"}, {"smoke": "False", "grid": "8,16,16"}])
+def test_dry_runs_and_other_sizes_are_no_results(place: Path, args: dict) -> None:
+    newer = copy.deepcopy(DENOISER) | {"environment": environment("2026-02-01T00:00:00"), "args": args}
+    newer["job"]["seconds"] = 1.0
+    (place / "results" / "gpu-x" / "dry.json").write_text(json.dumps(newer))
+    assert figures(place)["denoise_clip_s.exact"]["value"] == 217.5
+
+
+def test_two_gpu_kinds_keep_their_figures_apart_and_cpu_has_none(place: Path) -> None:
+    for kind in ("gpu-y", "cpu"):
+        (place / "results" / kind).mkdir()
+        (place / "results" / kind / "b.json").write_text(json.dumps(DENOISER))
+    keys = figures(place)
+    assert {"denoiser_call_s.exact.gpu-x", "denoiser_call_s.exact.gpu-y", "vae_decode_s.gpu-x"} <= set(keys)
+    assert not any(key.endswith(".cpu") or key == "denoiser_call_s.exact" for key in keys)
+
+
+def test_without_results_and_with_broken_markers(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    assert report(tmp_path, "--figures").stdout.strip() == "{}"
+    assert report(tmp_path).returncode == 0
+    assert (tmp_path / "README.md").read_text().count("Not measured yet.") == len(NAMES)
+    for text, message in (
+        ("<!-- report:nope -->\n<!-- /report:nope -->\n", "got 'nope'"),
+        ("<!-- report:job -->\n", "needs its"),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        done = report(tmp_path, "--check")
+        assert done.returncode != 0 and message in done.stderr
+
+
+def test_trace_classes_and_shares() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("cosmos_trace", ROOT / "tools" / "trace.py")
+    assert spec is not None and spec.loader is not None
+    trace = sys.modules["cosmos_trace"] = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(trace)
+    sys.path[:] = before
+    kinds = {
+        "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...>>>": "attention",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
+        "triton_red_fused__scaled_dot_product_flash_attention_add_mul_3": "pointwise",
+        "nvjet_tst_256x128_64x4_2x1_v_bz_TNT": "gemm",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "gemm",
+        "void cublasLt::splitKreduce_kernel<32, 16>": "gemm",
+        "_adaln_kernel": "pointwise",
+        "_qk_norm_rope_kernel": "pointwise",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernel>": "pointwise",
+        "Memcpy DtoD (Device -> Device)": "copy",
+    }
+    assert {name: trace.kind_of(name) for name in kinds} == kinds
+    events = [
+        {"ph": "X", "cat": "kernel", "name": "flash_fwd", "ts": 1000.0, "dur": 6000.0},
+        {"ph": "X", "cat": "kernel", "name": "nvjet_a", "ts": 7000.0, "dur": 2500.0},
+        {"ph": "X", "cat": "kernel", "name": "_adaln_kernel", "ts": 9500.0, "dur": 500.0},
+        {"ph": "X", "cat": "kernel", "name": "_adaln_kernel", "ts": 10500.0, "dur": 500.0},
+        {"ph": "X", "cat": "gpu_user_annotation", "name": "Torch-Compiled Region", "ts": 0.0, "dur": 99000.0},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 5.0},
+    ]
+    found = trace.from_events(events)
+    assert found.span_ms == 10.0 and abs(found.other_share - 0.15) < 1e-12
+    assert [(r.name, r.calls, r.ms) for r in found.rows] == [
+        ("flash_fwd", 1, 6.0),
+        ("nvjet_a", 1, 2.5),
+        ("_adaln_kernel", 2, 1.0),
+    ]
+    assert found.as_dict()["idle_ms"] == 0.5
+    with pytest.raises(RuntimeError, match="no kernel was recorded"):
+        trace.from_events(events[4:])

@@ -1,0 +1,319 @@
+"""README tables and headline figures from the committed results; nothing else may write numbers into the README.
+
+    python tools/report.py            rewrite the tables between <!-- report:NAME --> and <!-- /report:NAME -->
+    python tools/report.py --check    exit 1 if that would change the README
+    python tools/report.py --figures  one JSON object of headline figures
+
+Results lie in bench/results/<gpu>/*.json. Each has `environment` (with `date`), and any of: `cases` (name -> `variants`, of
+whole calls), `waterfall`, `trace`, `accuracy`, `block`, `job` (tools/bench_denoiser.py, and `kind` "vae" for the video VAE,
+variants ours_encode, ours_decode, <peer>_encode, ...), or `rows` (of single kernels). What is shown of a GPU is the newest
+result that has it. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = {"diffusers": "diffusers", "diffusers_compiled": "diffusers, blocks compiled"}
+CASES = {"720": "93 frames, 720p", "480": "93 frames, 480p", "image": "1 image, 720p"}
+STEPS = {
+    "plain": "ours, plain PyTorch ops", "fused": "+ fused pointwise kernels",
+    "attention": "+ best attention kernel", "shared_pair": "+ block 0 shared by both prompts",
+}  # fmt: skip
+Result = dict[str, Any]
+
+
+class Results:
+    """Committed results of one GPU kind, newest first; dry runs and sizes of one's own choice left out."""
+
+    def __init__(self, folder: Path) -> None:
+        loaded = []
+        for path in folder.glob("*.json"):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            args = record.get("args", {})
+            if args.get("smoke") == "True" or args.get("grid", "None") != "None":
+                continue  # a dry run, or sizes that the tables do not name
+            loaded.append((str(record["environment"]["date"]), path.name, record))
+        loaded.sort(key=lambda item: item[:2], reverse=True)
+        self.gpu = folder.name
+        self.files: list[tuple[str, Result]] = [
+            (f"{folder.name}/{name}", record) for _, name, record in loaded
+        ]
+
+    def newest(self, get: Callable[[Result], Any]) -> tuple[str, Result, Any] | None:
+        """(file, whole record, part) of the newest record in which `get` finds something."""
+        for file, record in self.files:
+            if part := get(record):
+                return file, record, part
+        return None
+
+    def case(self, name: str, kind: str = "denoiser") -> tuple[str, Result, Any] | None:
+        def variants(record: Result) -> Any:
+            return record.get("kind") == kind and record.get("cases", {}).get(name, {}).get("variants")
+
+        return self.newest(variants)
+
+    def own(self, key: str) -> tuple[str, Result, Any] | None:
+        return self.newest(lambda record: record.get(key))
+
+
+def load(folder: Path) -> list[Results]:
+    kinds = sorted(p for p in folder.glob("*") if p.is_dir() and p.name != "cpu") if folder.is_dir() else []
+    return [found for found in map(Results, kinds) if found.files]
+
+
+# --- tables: None where there is nothing to show ---------------------------------------------------
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    align = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, align, *rows))
+
+
+def num(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def note(file: str, record: Result) -> str:
+    env = record["environment"]
+    smi = env.get("nvidia_smi") or {}
+    parts = [f"{env['gpu']}", f"power limit {smi['power.limit']}" if "power.limit" in smi else "",
+             f"torch {env['torch']}", f"CUDA {env['cuda']}", f"commit {str(env.get('commit') or 'unrecorded')[:8]}",
+             str(env["date"])[:10], f"[{file}](bench/results/{file})"]  # fmt: skip
+    return ", ".join(part for part in parts if part)
+
+
+def _call(name: str, row: Result, calls: int, base: float, of: int = 1) -> list[str]:
+    seconds, gpu = row["median_s"] * of, row.get("gpu", {})
+    clock, power = (gpu.get(key, {}).get("median") for key in ("sm_mhz", "power_w"))
+    return [
+        name, str(calls), num(seconds), num(row["iqr_s"] * of), num(seconds / base, 2), num(row.get("tflop_s"), 0),
+        num(row.get("gemm_peak_pct"), 0), num(row.get("own_peak_gib"), 1), num(clock, 0), num(power, 0),
+    ]  # fmt: skip
+
+
+def denoiser(r: Results) -> str | None:
+    blocks = []
+    for case, label in CASES.items():
+        if (found := r.case(case)) is None:
+            continue
+        file, record, rows = found
+        call, pair = rows["ours"]["median_s"], rows["ours_pair"]["median_s"]
+        lines = [_call("ours", rows["ours"], 1, call)]
+        lines += [_call(title, rows[peer], 1, call) for peer, title in PEERS.items() if peer in rows]
+        lines.append(_call("ours, both prompts", rows["ours_pair"], 2, pair))
+        if "ours_pair_graph" in rows:
+            lines.append(_call("ours, both prompts, CUDA graph", rows["ours_pair_graph"], 2, pair))
+        # The peers call the network once per prompt; two calls take twice one.
+        lines += [_call(f"{title}, twice", rows[p], 2, pair, of=2) for p, title in PEERS.items() if p in rows]
+        head = [
+            label,
+            "calls",
+            "s",
+            "IQR s",
+            "time over ours",
+            "TFLOP/s",
+            "% of GEMM peak",
+            "peak GiB",
+            "SM MHz",
+            "W",
+        ]
+        blocks.append(f"{table(head, lines)}\n\n{note(file, record)}")
+    return "\n\n".join(blocks) or None
+
+
+def waterfall(r: Results) -> str | None:
+    if (found := r.own("waterfall")) is None:
+        return None
+    file, record, steps = found
+    rows, first = [], steps["plain"]["median_s"]
+    for name, title in STEPS.items():
+        if name in steps:
+            seconds = steps[name].get("per_call_s", steps[name]["median_s"])
+            rows.append([title, num(seconds), num(first / seconds, 2)])
+    return f"{table(['one denoiser call, 93 frames, 720p', 's per call', 'speed over the first row'], rows)}\n\n{note(file, record)}"
+
+
+def breakdown(r: Results) -> str | None:
+    if (found := r.own("trace")) is None:
+        return None
+    file, record, traces = found
+    rows = []
+    for name, title in {"ours": "ours", "ours_pair": "ours, both prompts", **PEERS}.items():
+        if name in traces:
+            one = traces[name]
+            kinds = [num(one["classes_ms"][kind], 1) for kind in ("attention", "gemm", "pointwise", "copy")]
+            rows.append([title, *kinds, num(one["idle_ms"], 1), num(100 * one["other_share"], 2)])
+    head = ["ms of one call", "attention", "GEMM", "pointwise", "copies", "gaps", "% not attention or GEMM"]
+    return f"{table(head, rows)}\n\n{note(file, record)}"
+
+
+def kernels(r: Results) -> str | None:
+    if (found := r.own("rows")) is None:
+        return None
+    file, record, entries = found
+    cases: dict[tuple[str, str], dict[str, Result]] = {}
+    for row in entries:
+        cases.setdefault((row["op"], row["case"]), {})[row["candidate"]] = row
+    rows = []
+    for (op, case), by_name in cases.items():
+        times = {n: row.get("ms", row.get("median_ms")) for n, row in by_name.items()}
+        for name in ("triton", "cuda", "native"):
+            if (ms := times.get(name)) is not None:
+                share = by_name[name].get("copy_pct", by_name[name].get("roofline_pct"))
+                eager, compiled = (
+                    _either(times, *k) for k in (("eager", "reference"), ("compiled", "torch.compile"))
+                )
+                over = [num(None if t is None else t / ms, 2) for t in (eager, compiled)]
+                rows.append([f"{op}, {case}", name, num(ms), num(share, 0), *over])
+    head = ["kernel, case", "version", "ms", "% of copy rate", "eager over it", "torch.compile over it"]
+    return f"{table(head, rows)}\n\n{note(file, record)}" if rows else None
+
+
+def _either(times: dict[str, Any], *names: str) -> Any:
+    return next((times[name] for name in names if times.get(name) is not None), None)
+
+
+def accuracy(r: Results) -> str | None:
+    rows, last = [], None
+    for key, label in (("accuracy", "whole call"), ("block", "one block, sampled tokens")):
+        if (found := r.own(key)) is not None:
+            last = found
+            errors, grid = found[2]["relative_l2"], " x ".join(map(str, found[2]["grid"]))
+            names = ("ours_bf16", "reference_ops_bf16", "diffusers_bf16")
+            rows.append(
+                [f"{label}, latent {grid}", *(f"{errors[n]:.2e}" if n in errors else "–" for n in names)]
+            )
+    if last is None:
+        return None
+    head = ["relative L2 against fp64", "ours, bf16", "plain PyTorch ops, bf16", "diffusers, bf16"]
+    return f"{table(head, rows)}\n\n{note(last[0], last[1])}"
+
+
+def job(r: Results) -> str | None:
+    if (found := r.own("job")) is None:
+        return None
+    file, record, one = found
+    head = ["denoising one clip, 93 frames, 720p", "calls", "s", "of it prepare", "peak GiB"]
+    row = [
+        f"{one['steps']} steps, uninterrupted",
+        str(one["calls"]),
+        num(one["seconds"], 1),
+        num(one["prepare_s"], 2),
+    ]
+    return f"{table(head, [[*row, num(one.get('peak_gib'), 1)]])}\n\n{note(file, record)}"
+
+
+TABLES: dict[str, Callable[[Results], str | None]] = {
+    "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
+}  # fmt: skip
+MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
+
+
+def fill(readme: str, results: list[Results]) -> str:
+    """The README with every table between markers replaced. ValueError for a marker of no known table."""
+
+    def one(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(
+                f"report: tables are {', '.join(TABLES)}, got {name!r}. Fix the marker in README.md."
+            )
+        shown = [text for r in results if (text := TABLES[name](r)) is not None]
+        body = "\n\n".join(shown) or "Not measured yet."
+        return f"<!-- report:{name} -->\n{body}\n<!-- /report:{name} -->"
+
+    opened = re.findall(r"<!-- report:(\w+) -->", readme)
+    if sorted(opened) != sorted(m[1] for m in MARK.finditer(readme)):
+        raise ValueError(
+            "report: every <!-- report:NAME --> needs its <!-- /report:NAME --> on a later line."
+        )
+    return MARK.sub(one, readme)
+
+
+# --- headline figures ------------------------------------------------------------------------------
+
+
+def figures(results: list[Results]) -> dict[str, Result]:
+    """Key -> value, unit, file, and peers where measured beside it. With several GPU kinds keys end in .<gpu>."""
+    out: dict[str, Result] = {}
+    for r in results:
+        suffix = f".{r.gpu}" if len(results) > 1 else ""
+
+        def put(key: str, value: float | None, unit: str, file: str, peer: dict[str, float] | None = None, end: str = suffix) -> None:  # fmt: skip
+            if value is not None:
+                out[key + end] = {
+                    "value": value,
+                    "unit": unit,
+                    "file": f"bench/results/{file}",
+                    "peer": peer or {},
+                }
+
+        for case in CASES:
+            if (found := r.case(case)) is None:
+                continue
+            file, record, rows = found
+            name = "" if case == "720" else f".{case}"
+            peer = {p: rows[p]["median_s"] for p in PEERS if p in rows}
+            peaks = {p: rows[p]["own_peak_gib"] for p in PEERS if "own_peak_gib" in rows.get(p, {})}
+            pair, first = rows["ours_pair"], record["cases"][case].get("first_call_s", {})
+            put(f"denoiser_call_s.exact{name}", rows["ours"]["median_s"], "s", file, peer)
+            put(
+                f"denoiser_pair_s.exact{name}",
+                pair["median_s"],
+                "s",
+                file,
+                {p: 2 * s for p, s in peer.items()},
+            )
+            put(f"denoiser_peak_gib.exact{name}", pair.get("own_peak_gib"), "GiB", file, peaks)
+            firsts = {p: first[p] for p in PEERS if p in first}
+            put(f"denoiser_first_call_s.exact{name}", first.get("ours"), "s", file, firsts)
+        if (found := r.own("trace")) is not None and "ours" in found[2]:
+            peer = {p: found[2][p]["other_share"] for p in PEERS if p in found[2]}
+            put("pointwise_share.exact", found[2]["ours"]["other_share"], "1", found[0], peer)
+        for key, title in (("accuracy", "call_error"), ("block", "block_error")):
+            if (found := r.own(key)) is not None:
+                errors = dict(found[2]["relative_l2"])
+                put(f"{title}.exact", errors.pop("ours_bf16"), "1", found[0], errors)
+        if (found := r.own("job")) is not None:
+            put("denoise_clip_s.exact", found[2]["seconds"], "s", found[0])
+        if (found := r.case("720", "vae")) is not None:
+            for part in ("encode", "decode"):
+                rows = {
+                    n.removesuffix(f"_{part}"): v["median_s"] for n, v in found[2].items() if n.endswith(part)
+                }
+                put(f"vae_{part}_s", rows.pop("ours", None), "s", found[0], rows)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table differs")
+    parser.add_argument("--figures", action="store_true", help="print headline figures as JSON")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args(argv)
+    results = load(args.results)
+    if args.figures:
+        print(json.dumps(figures(results), indent=1))
+        return 0
+    before = args.readme.read_text(encoding="utf-8") if args.readme.exists() else ""
+    after = fill(before, results)
+    if after == before:
+        return 0
+    if args.check:
+        print(f"report: {args.readme.name} differs from the result files. Run: python tools/report.py")
+        return 1
+    args.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
