@@ -174,7 +174,8 @@ class Decoder:
                 if packet.size:  # empty packets stand for "repeat" in AVI and for the end everywhere
                     self.packets += 1
                     yield from self._decode(packet)
-        except (av.FFmpegError, OSError) as error:
+        except (av.FFmpegError, OSError, IndexError) as error:
+            # IndexError: PyAV's own, when damage makes the demuxer find a stream that was not there at first.
             self.errors.append(_reason(error))
         yield from self._decode(None)  # the frames the decoder still holds
 

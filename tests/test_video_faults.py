@@ -167,6 +167,7 @@ def test_flipped_bytes_are_refused_or_counted(tmp_path: Path, clips: dict[str, P
     found = probe(path, on_corrupt="warn")
     assert found.corrupt > 0 and any(note.startswith("damaged:") for note in found.notes)
     with Source(found) as source:
+        assert source._decoder is not None and source._decoder.stream.codec_context.thread_count == 1
         first = source.read(0, found.frames)
     with Source(found) as source:  # damage decodes the same way each time
         assert np.array_equal(source.read(0, found.frames), first)
@@ -360,3 +361,25 @@ def test_random_damage_never_escapes(tmp_path: Path, clips: dict[str, Path], nam
             assert "\n" not in str(error)
             outcomes.add("refused")
     assert "refused" in outcomes
+
+
+def test_stream_that_appears_late_is_damage(
+    tmp_path: Path, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyAV answers a stream first seen in mid-file with an IndexError."""
+
+    class Demuxer:
+        def __init__(self, container: object) -> None:
+            self._container = container
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._container, name)
+
+        def demux(self, stream: object) -> Iterator[object]:
+            packets = self._container.demux(stream)
+            yield from (next(packets) for _ in range(9))
+            raise IndexError("list index out of range")
+
+    real = video_decode.av.open
+    monkeypatch.setattr(video_decode.av, "open", lambda *args, **options: Demuxer(real(*args, **options)))
+    refused(clips["mp4"], "of 60 frames readable, 1 damaged")

@@ -136,6 +136,18 @@ def test_links_and_folders_are_not_written_to(tmp_path: Path) -> None:
     assert (tmp_path / "real.mp4").read_bytes() == b"x"
 
 
+def test_data_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, real=real: (order.append(name), real(*args))[1]
+        )
+    with Writer(tmp_path / "c.mp4", (64, 48), 25) as writer:
+        writer.write(media.pattern(3))
+    assert order == ["fsync", "replace", "fsync"]  # the file, its name, its folder
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
