@@ -77,6 +77,8 @@ class Plan:
     context, cfg: ranks that share the tokens, and ranks that share the two guidance passes; 1 for now.
     vae_encode_window: video frames encoded at once after the first, a multiple of 4.
     vae_decode_window: latent frames decoded at once. Both windows change memory, never the result.
+    graphs: record a denoising step into a CUDA graph once per chunk and replay it; equal bit for bit. Meant for sizes so
+    small that launching kernels takes longer than running them; it holds the activations of a step for the whole chunk.
     """
 
     device: str | None = None
@@ -84,6 +86,7 @@ class Plan:
     cfg: int = 1
     vae_encode_window: int = 16
     vae_decode_window: int = 1
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         device = self.device
@@ -102,6 +105,11 @@ class Plan:
                     "a positive multiple of 4 frames" if unit == 4 else "a positive number of latent frames"
                 )
                 raise ValueError(f"plan: {key} must be {what}, got {value!r}.")
+
+        if type(self.graphs) is not bool:
+            raise ValueError(f"plan: graphs must be True or False, got {self.graphs!r}.")
+        if self.graphs and self.device == "cpu":
+            raise ValueError("plan: graphs need a CUDA device, got device='cpu'. Leave graphs off.")
 
     __repr__ = __str__ = _one_line
 

@@ -18,7 +18,9 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
     assert Plan(device="cuda:1").to_dict()["device"] == "cuda:1" and "\n" not in str(Plan())
     for bad in (
         {"device": "tpu"}, {"device": "cuda:x"}, {"context": 2}, {"cfg": 2}, {"cfg": True},
-        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0},
+        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0}, {"graphs": 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"plan: {next(iter(bad))} must be"):
             Plan(**bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="plan: graphs need a CUDA device"):
+        Plan(device="cpu", graphs=True)

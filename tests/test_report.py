@@ -122,6 +122,20 @@ def test_newest_result_wins_part_by_part(place: Path) -> None:
     assert found["denoise_clip_s.exact"]["value"] == 217.5  # only the older one has it
 
 
+def test_kernels_of_several_files_are_shown_together(place: Path) -> None:
+    newer = {"environment": environment("2026-02-01T00:00:00"), "rows": [
+        {"op": "adaln", "case": "720p", "candidate": "native", "median_ms": 0.25, "roofline_pct": 93.0},
+        {"op": "adaln", "case": "720p", "candidate": "torch.compile", "median_ms": 0.3},
+        {"op": "network", "case": "720p-1", "candidate": "triton", "median_ms": 3000.0},
+    ]}  # fmt: skip
+    (place / "results" / "gpu-x" / "b-adaln.json").write_text(json.dumps(newer))
+    report(place)
+    text = (place / "README.md").read_text()
+    assert "| adaln, 720p | native | 0.250 | 93 | – | 1.20 |" in text
+    assert "| gelu, 720p | triton | 0.500 | 91 | 3.00 | – |" in text and "network, " not in text
+    assert "b-adaln.json" in text and "a-kernels.json" in text
+
+
 @pytest.mark.parametrize("args", [{"smoke": "True"}, {"smoke": "False", "grid": "8,16,16"}])
 def test_dry_runs_and_other_sizes_are_no_results(place: Path, args: dict) -> None:
     newer = copy.deepcopy(DENOISER) | {"environment": environment("2026-02-01T00:00:00"), "args": args}

@@ -156,25 +156,34 @@ def breakdown(r: Results) -> str | None:
 
 
 def kernels(r: Results) -> str | None:
-    if (found := r.own("rows")) is None:
-        return None
-    file, record, entries = found
-    cases: dict[tuple[str, str], dict[str, Result]] = {}
-    for row in entries:
-        cases.setdefault((row["op"], row["case"]), {})[row["candidate"]] = row
-    rows = []
-    for (op, case), by_name in cases.items():
-        times = {n: row.get("ms", row.get("median_ms")) for n, row in by_name.items()}
-        for name in ("triton", "cuda", "native"):
-            if (ms := times.get(name)) is not None:
-                share = by_name[name].get("copy_pct", by_name[name].get("roofline_pct"))
-                eager, compiled = (
-                    _either(times, *k) for k in (("eager", "reference"), ("compiled", "torch.compile"))
-                )
-                over = [num(None if t is None else t / ms, 2) for t in (eager, compiled)]
-                rows.append([f"{op}, {case}", name, num(ms), num(share, 0), *over])
+    """Each case from the newest file that has it: times of one case are only compared within one file."""
+    rows, notes, seen = [], [], set()
+    for file, record in r.files:
+        cases: dict[tuple[str, str], dict[str, Result]] = {}
+        for row in record.get("rows", ()):
+            if row["op"] != "network":  # whole calls have tables of their own
+                cases.setdefault((row["op"], row["case"]), {})[row["candidate"]] = row
+        shown = [line for case, by in cases.items() if case not in seen for line in _kernel(*case, by)]
+        seen |= set(cases)
+        rows += shown
+        notes += [note(file, record)] if shown else []
     head = ["kernel, case", "version", "ms", "% of copy rate", "eager over it", "torch.compile over it"]
-    return f"{table(head, rows)}\n\n{note(file, record)}" if rows else None
+    return "\n\n".join([table(head, sorted(rows)), *notes]) if rows else None
+
+
+def _kernel(op: str, case: str, by_name: dict[str, Result]) -> list[list[str]]:
+    """One row for each version of ours."""
+    times = {name: row.get("ms", row.get("median_ms")) for name, row in by_name.items()}
+    rows = []
+    for name in ("triton", "cuda", "native"):
+        if (ms := times.get(name)) is not None:
+            share = by_name[name].get("copy_pct", by_name[name].get("roofline_pct"))
+            peers = (
+                _either(times, *names) for names in (("eager", "reference"), ("compiled", "torch.compile"))
+            )
+            over = [num(None if t is None else t / ms, 2) for t in peers]
+            rows.append([f"{op}, {case}", name, num(ms), num(share, 0), *over])
+    return rows
 
 
 def _either(times: dict[str, Any], *names: str) -> Any:
