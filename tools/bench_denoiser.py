@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
 
     testing.kernels_from_checkout()
-    b = Bench(args, environment() | ({"commit": args.commit} if args.commit else {}))
+    b = Bench(args, environment(args.commit))
     path = destination(args.out, b.record)
     steps: dict[str, Callable[[Bench], None]] = {
         "trace": traces, "waterfall": waterfall, "accuracy": accuracy, "block": block, "job": job,
