@@ -176,6 +176,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         return
     folder = OutputFolder(output_folder(options["folder"], found))
     from .engine import Engine
+    from .models import locate
     from .report import gpu_record
     from .runner import Options, run_batch
 
@@ -188,6 +189,9 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
             environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
         )
         return engine
+
+    def made_with(model: str) -> dict[str, Any]:
+        return {"recipe": recipe.to_dict(), "checkpoint": locate(options["checkpoint"], model).record()}
 
     with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
         try:

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import _native, reference
 from .formats import EnvironmentProblem
@@ -70,7 +69,9 @@ class Op:
             self.chosen[key], self.reasons[key] = self._choose(device, dtype)
         return self.chosen[key][1]
 
-    def _choose(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, Callable[..., Any]], dict[str, str]]:
+    def _choose(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[tuple[str, Callable[..., Any]], dict[str, str]]:
         forced, reasons = _FORCED.get(self.name), {}
         for candidate in self.candidates:
             if forced is not None and candidate.name != forced:
@@ -83,7 +84,9 @@ class Op:
                 except (ImportError, OSError, RuntimeError) as error:
                     obstacle = f"failed to load: {error}"
             if forced is not None:
-                raise EnvironmentProblem(f"{self.name}: implementation {forced!r} was asked for but {obstacle}.")
+                raise EnvironmentProblem(
+                    f"{self.name}: implementation {forced!r} was asked for but {obstacle}."
+                )
             reasons[candidate.name] = obstacle
         raise EnvironmentProblem(
             f"{self.name}: implementation must be one of {', '.join(c.name for c in self.candidates)}, got {forced!r}."
@@ -121,7 +124,11 @@ def define(
     return getattr(torch.ops.cosmos_fast, name).default
 
 
-def triton(module: str, function: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)) -> Candidate:
+def triton(
+    module: str,
+    function: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
+) -> Candidate:
     def load() -> Callable[..., Any]:
         return getattr(import_module(f"cosmos_fast.kernels.{module}"), function)
 
@@ -159,7 +166,9 @@ def explain(device: str | torch.device, dtype: torch.dtype) -> list[tuple[str, s
     """For each op: its name, the implementation chosen for tensors like these, why each other lost."""
     unknown = set(_FORCED) - set(TABLE)
     if unknown:
-        raise EnvironmentProblem(f"COSMOS_FAST_OPS: no op named {', '.join(sorted(unknown))}. Known: {', '.join(TABLE)}.")
+        raise EnvironmentProblem(
+            f"COSMOS_FAST_OPS: no op named {', '.join(sorted(unknown))}. Known: {', '.join(TABLE)}."
+        )
     rows = []
     for op in TABLE.values():
         op.resolve(torch.device(device), dtype)
@@ -177,5 +186,7 @@ def pick_device(wanted: str | None = None) -> torch.device:
             "Check the driver with nvidia-smi and that torch is a CUDA build, or pass --device cpu."
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(f"device: {wanted!r} does not exist; there are {torch.cuda.device_count()} CUDA devices.")
+        raise EnvironmentProblem(
+            f"device: {wanted!r} does not exist; there are {torch.cuda.device_count()} CUDA devices."
+        )
     return device

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from . import checkpoint as weights
-from . import controls, models, sampler
+from . import controls, models, ops, sampler
 from .chunking import (
     Chunk,
     conditional_latents,
     guided_map,
     is_black,
-    normalize,
     normalize_exact,
     seed_chain,
     weight_maps,
@@ -35,7 +34,7 @@ from .dispatch import pick_device
 from .formats import CHUNK_FRAMES, CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
 from .inputs import ChunkInputs, ClipInputs
 from .network import Network, Pair, Prompt, Single
-from .planning import preflight
+from .planning import DISTILLED, preflight
 from .recipe import Plan, Recipe
 from .spec import Spec
 from .stages import Stages
@@ -122,7 +121,7 @@ class Engine:
         self.text: TextEncoder = FileText(text) if isinstance(text, (str, Path)) else text
         with self.stages("load"):
             source = models.locate(checkpoint, model)
-            self.model, self.files = source.model, source.files
+            self.model, self.files = source.model, source.record()
             self.network, self.notes = self._load_network(source)
             self.vae = self._load_vae(models.locate_vae(vae, source))
         self._check_text()
@@ -179,11 +178,6 @@ class Engine:
             sampler.distilled_schedule(clip.steps) if self.is_distilled else sampler.base_schedule(clip.steps)
         )
 
-    def checkpoint_record(self) -> dict[str, object]:
-        """Name and size of every weight file, for the sidecar."""
-        files = self.files if isinstance(self.files, dict) else {self.model: self.files}
-        return {name: {"path": str(path), "bytes": _bytes(path)} for name, path in files.items()}
-
     @property
     def is_distilled(self) -> bool:
         return self.network.config.timestep_scale == 1.0
@@ -211,18 +205,19 @@ class Engine:
         count = conditional_latents(chunk.index, clip.spec.num_conditional_frames)
         if count == 0 or tail is None:
             return None
-        return sampler.Known(self._encode(normalize(self._to_device(tail[:1]), self.dtype)).float())
+        return sampler.Known(self._encode(ops.normalized(self._to_device(tail[:1]), self.dtype)).float())
 
     def _control_latent(self, control: np.ndarray | None) -> Tensor | None:
         """(C, T, H, W) of one control; None where it is absent or all black, which the network treats alike."""
         if control is None or is_black(control):
             return None
-        return self._encode(normalize(self._to_device(control), self.dtype))[0]
+        return self._encode(ops.normalized(self._to_device(control), self.dtype))[0]
 
     def _guide(self, clip: ClipPlan, given: ChunkInputs) -> sampler.Guide | None:
         if given.guided is None:
             return None
-        x0 = self._encode(normalize_exact(self._to_device(given.frames), self.dtype))
+        exact = normalize_exact(self._to_device(given.frames), self.dtype)
+        x0 = self._encode(exact.permute(3, 0, 1, 2)[None])
         weight = guided_map(given.guided).to(self.device)
         return sampler.Guide(x0, weight, clip.spec.guided_generation_step_threshold)
 
@@ -281,7 +276,9 @@ class Engine:
         """Frames (F, H, W, 3) uint8, each window on its way to the host as soon as it exists."""
         parts = []
         for part in self.vae.decode_stream(x0.to(self.dtype), self.plan.vae_decode_window):
-            parts.append(to_pixels(part).cpu())
+            if not bool(torch.isfinite(part).all()):
+                raise ClipError("decode: frames must be finite, got NaN or infinity from the VAE.")
+            parts.append(ops.pixels(part).cpu())
         return torch.cat(parts).numpy()
 
     def _part(self, chunk: Chunk, seed: int, decoded: np.ndarray, given: ChunkInputs) -> Part:
@@ -297,13 +294,12 @@ class Engine:
         return self.vae.encode(x_BCFHW, self.plan.vae_encode_window)
 
     def _to_device(self, frames_FHW3: np.ndarray) -> Tensor:
-        """(F, H, W, 3) uint8 on the host -> (1, 3, F, H, W) uint8 on the device."""
-        return torch.from_numpy(frames_FHW3).to(self.device).permute(3, 0, 1, 2)[None]
+        return torch.from_numpy(frames_FHW3).to(self.device)
 
     # --- loading ---
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
-        kind = "distilled" if source.model == "edge/distilled" else None
+        kind = "distilled" if source.model == DISTILLED else "single"
         loaded = weights.load_state(source.files, dtype=self.dtype, device=self.device, model=kind)
         with torch.device("meta"):
             network = Network(loaded.config)
@@ -313,37 +309,15 @@ class Engine:
     def _load_vae(self, path: Path) -> VAE:
         state = weights.load_vae_state(path, self.dtype, self.device)
         with torch.device("meta"):
-            vae = VAE(
-                VAEConfig(base=state["encoder.conv1.weight"].shape[0], z=state["conv2.weight"].shape[0])
-            )
+            vae = VAE(VAEConfig(base=state["encoder.conv1.weight"].shape[0]))
         vae.load_state_dict(state, strict=True, assign=True)
         vae = vae.eval().requires_grad_(False)
         return channels_last_(vae) if self.device.type == "cuda" else vae
 
     def _check_text(self) -> None:
-        config = self.network.config
-        if (self.text.tokens, self.text.width) != (config.text_tokens, config.text_width):
+        width = self.network.config.text_width
+        if self.text.width != width:
             raise EnvironmentProblem(
-                f"text: the network reads embeddings of shape ({config.text_tokens}, {config.text_width}), "
-                f"got ({self.text.tokens}, {self.text.width}). Use embeddings made for this checkpoint."
+                f"text: the network reads embeddings of width {width}, got {self.text.width}. "
+                "Use embeddings made for this checkpoint."
             )
-
-
-def _bytes(path: Path) -> int:
-    """Size of a file, or of all files of a folder."""
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    )
-
-
-def to_pixels(x_BCFHW: Tensor) -> Tensor:
-    """Model range (1, 3, F, H, W) -> pixels (F, H, W, 3) uint8: 127.5 * x + 127.5, clamped, truncated.
-
-    Raises ClipError if a value is not finite.
-    """
-    scaled = x_BCFHW[0].float() * 127.5 + 127.5
-    if not bool(torch.isfinite(scaled).all()):
-        raise ClipError("decode: frames must be finite, got NaN or infinity from the VAE.")
-    return scaled.clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()

@@ -89,9 +89,7 @@ def aspect_of(width: int, height: int) -> str:
 def model_size(width: int, height: int, resolution: str) -> tuple[int, int]:
     """Working size (width, height) in pixels for a source of width x height at a resolution key."""
     if resolution not in RESOLUTIONS:
-        raise SpecError(
-            f"resolution: must be one of {', '.join(RESOLUTIONS)}, got {resolution!r}."
-        )
+        raise SpecError(f"resolution: must be one of {', '.join(RESOLUTIONS)}, got {resolution!r}.")
     return RESOLUTIONS[resolution][aspect_of(width, height)]
 
 

@@ -24,9 +24,23 @@ class Located:
     model: str
     files: Path | dict[str, Path]
 
+    def record(self) -> dict[str, dict[str, str | int]]:
+        """Path and size of every weight file, for the sidecar."""
+        files = self.files if isinstance(self.files, dict) else {self.model: self.files}
+        return {name: {"path": str(path), "bytes": _bytes(path)} for name, path in files.items()}
+
     @property
     def first(self) -> Path:
         return self.files if isinstance(self.files, Path) else next(iter(self.files.values()))
+
+
+def _bytes(path: Path) -> int:
+    """Size of a file, or of all files of a folder."""
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    )
 
 
 def locate(checkpoint: str | Path | Mapping[str, str | Path] | None, model: str | None) -> Located:

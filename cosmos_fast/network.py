@@ -24,6 +24,7 @@ from .context import FREQUENCIES, Context, Controls, Modulation, Prompt, Stem, T
 from .formats import PATCH, Rows
 from .ops import Pending
 
+
 @dataclass(frozen=True)
 class TextKeys:
     """Keys and values (S, N, K) of one block's cross-attention; `bias` (D,) is the folded image attention.
@@ -181,7 +182,9 @@ class TimeEmbedding(nn.Module):
         """times (steps, R), integers or bf16 -> silu(e) (steps, R, D), a (steps, R, 3D)."""
         tau = times * self.scale
         half = self.gain.shape[0] // 2
-        frequency = torch.exp(-torch.log(torch.tensor(FREQUENCIES)) * torch.arange(half) / half).to(times.device)
+        frequency = torch.exp(-torch.log(torch.tensor(FREQUENCIES)) * torch.arange(half) / half).to(
+            times.device
+        )
         angle = tau.float()[..., None] * frequency
         s = torch.cat((angle.cos(), angle.sin()), dim=-1).to(tau.dtype).float()
         a = F.linear(F.silu(F.linear(s, self.linear_1.weight.float())), self.linear_2.weight.float())
@@ -199,7 +202,9 @@ class Head(nn.Module):
         self.linear = linear(c.width, c.patch_out)
 
     def modulation(self, e: Tensor, a: Tensor) -> Tensor:
-        full = F.linear(F.linear(e, self.mod_down.float()), self.mod_up.float()) + a[..., : self.mod_up.shape[0]]
+        full = (
+            F.linear(F.linear(e, self.mod_down.float()), self.mod_up.float()) + a[..., : self.mod_up.shape[0]]
+        )
         return full.unflatten(-1, (2, -1)).transpose(1, 2).contiguous()
 
     def forward(self, x: Tensor, pending: Pending, step: int, ctx: Context) -> Tensor:
@@ -238,7 +243,9 @@ class Network(nn.Module):
             features = text.new_zeros(1, self.config.image_width) if image is None else image
             seen = F.gelu(self.image_proj(features))
         elif image is not None:
-            raise ValueError("image context: this network has none, got an image. Use a single-control base model.")
+            raise ValueError(
+                "image context: this network has none, got an image. Use a single-control base model."
+            )
         return Prompt(
             tuple(block.cross.read(text, seen) for block in self.blocks),
             tuple(tuple(b.cross.read(text, seen) for b in branch.blocks) for branch in self.control),
@@ -334,7 +341,9 @@ class Network(nn.Module):
                 pending = replace(pending, hints=hints, hint_weights=ctx.controls.weights)
         return self.head(x, pending, step, ctx)
 
-    def _hints(self, n: int, chains: list[tuple[Tensor, Pending]], step: int, ctx: Context) -> tuple[Tensor, ...]:
+    def _hints(
+        self, n: int, chains: list[tuple[Tensor, Pending]], step: int, ctx: Context
+    ) -> tuple[Tensor, ...]:
         """Advance every control chain by its block n (just before its hint is due); return the hints."""
         hints = []
         for slot, j in enumerate(ctx.controls.branches):

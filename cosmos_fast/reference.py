@@ -180,3 +180,8 @@ def normalized(frames: Tensor, out: torch.dtype) -> Tensor:
     # A tensor divisor: torch turns a Python number on CUDA into a product with its rounded reciprocal.
     half = torch.full((), 127.5, dtype=out, device=frames.device)
     return frames.to(out).div(half).sub(1)
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3x3 convolution of frames that have their two past frames before them; zero padding in space."""
+    return F.conv3d(x, weight, bias, padding=(0, 1, 1))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Options:
-    """How a batch is written. resume: keep clips that are finished and unchanged."""
+    """How a batch is written. resume: keep clips that are finished and unchanged.
+
+    made_with: what a kept clip must have been made with besides its spec, by model: its recipe and weight
+    files as the sidecar records them.
+    """
 
     codec: str = "libx264"
     resume: bool = False
+    made_with: Callable[[str], dict[str, Any]] = lambda model: {}
 
 
 def run_batch(
@@ -70,11 +76,6 @@ def run_batch(
         engine: Engine | None = None
         for clip in waiting:
             outputs = folder.clip(clip.spec.name)
-            reason = outputs.redo_reason(clip.spec.hash()) if options.resume else "asked for"
-            if reason is None:
-                summary.skipped.append(clip.spec.name)
-                report(f"{clip.spec.name}: already done")
-                continue
             stop.check()
             with contextlib.ExitStack() as held:
                 claim = Claim.take(outputs.claim_path, folder.locked)
@@ -83,6 +84,16 @@ def run_batch(
                     report(f"{clip.spec.name}: another process is making it")
                     continue
                 held.enter_context(claim)
+                # Asked with the claim held: another process may have finished the clip a moment ago.
+                if (
+                    options.resume
+                    and (reason := outputs.redo_reason(clip.spec.hash(), **options.made_with(model))) is None
+                ):
+                    summary.skipped.append(clip.spec.name)
+                    report(f"{clip.spec.name}: already done")
+                    continue
+                if options.resume and outputs.sidecar.exists():
+                    report(f"{clip.spec.name}: made again: {reason}")
                 engine = engine or open_engine(model)
                 try:
                     record = make_clip(engine, clip, outputs, claim, options, stop, progress)
@@ -155,7 +166,7 @@ def make_clip(
     return outputs.finish(
         build_sidecar(
             name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
-            plan=engine.plan, model=engine.model, checkpoint=engine.checkpoint_record(), seeds=seeds,
+            plan=engine.plan, model=engine.model, checkpoint=engine.files, seeds=seeds,
             chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),

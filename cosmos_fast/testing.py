@@ -26,14 +26,12 @@ Args = tuple[Any, ...]
 
 
 def kernels_from_checkout() -> None:
-    """Make `cosmos_fast.kernels` importable from a checkout that is not installed; does nothing if it is."""
-    name = "cosmos_fast.kernels"
-    if importlib.util.find_spec(name) is not None:
+    """In a checkout, make `cosmos_fast.kernels` its own kernels/, installed or not; nothing elsewhere."""
+    name, root = "cosmos_fast.kernels", Path(__file__).resolve().parents[1]
+    file = root / "kernels" / "__init__.py"
+    if name in sys.modules or not file.exists() or not (root / "pyproject.toml").exists():
         return
-    folder = Path(__file__).resolve().parents[1] / "kernels"
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -124,13 +122,8 @@ def _guided_unipc(r: Random, T: int, H: int, W: int, step: int = 5, alone: int =
     return x, r.normal(*shape), uncond, m1, m2, last, 3.0, coefficients
 
 
-def _pixels(r: Random, F: int, H: int, W: int, last: int = 0) -> Args:
-    x = r.normal(1, 3, F, H, W)
-    return (x.contiguous(memory_format=torch.channels_last_3d) if last else x,)
-
-
-def _conv3d(r: Random, C: int, O: int, F: int, H: int, W: int) -> Args:  # noqa: E741
-    return r.normal(1, C, F + 2, H, W), r.normal(O, C, 3, 3, 3) * (27 * C) ** -0.5, r.normal(O)
+def _conv3d(r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1) -> Args:  # noqa: E741
+    return r.normal(B, C, F + 2, H, W), r.normal(O, C, 3, 3, 3) * (27 * C) ** -0.5, r.normal(O)
 
 
 MAKERS: dict[str, Callable[..., Args]] = {
@@ -138,7 +131,8 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "qk_norm_rope": _qk_norm_rope, "patchify": _patchify, "unpatchify": _unpatchify,
     "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
     "attention": lambda r, L, S, N, K: (r.normal(L, N, K), r.normal(S, N, K), r.normal(S, N, K)),
-    "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": _pixels, "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
+    "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
+    "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
 }  # fmt: skip
 
 # --- the cases -------------------------------------------------------------------------------------
@@ -226,7 +220,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("720p", "production", "four frames of the widest stage", {"C": 96, "O": 96, "F": 4, "H": 704, "W": 1280}),
         Case("small", "small", "a short window", {"C": 16, "O": 8, "F": 2, "H": 6, "W": 10}),
         Case("one frame", "odd", "frame 0 alone, one pixel", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1}),
-        Case("empty", "empty", "history alone", {"C": 4, "O": 4, "F": 0, "H": 4, "W": 4}),
+        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
     ),
     "guided_unipc": (
         Case("720p", "production", "93 frames of 1280x704, guidance", _LATENT),

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import ops
 from .vae_keys import Block, VAEConfig, decoder_blocks, encoder_blocks, vae_flops, vae_memory, windows
 
 __all__ = ["VAE", "Stream", "VAEConfig", "channels_last_", "flops", "memory_estimate", "windows"]
@@ -147,6 +148,9 @@ class CausalConv(nn.Conv3d):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__(width, out, 3, padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv3d(x, self.weight, cast(Tensor, self.bias))
 
 
 class Residual(nn.Module):
