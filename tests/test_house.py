@@ -25,7 +25,7 @@ LAYERS: dict[int, tuple[str, str]] = {
         "video_probe video_write network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file",
     ),
     1: ("attention convolution compiled kernels", "reference _native"),
-    2: ("ops", "dispatch compiled"),
+    2: ("ops", "dispatch"),
     3: ("quant parallel", ""),
     4: ("network vae text", "context"),
     5: ("sampler cache graphs", ""),
