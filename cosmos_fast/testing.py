@@ -177,9 +177,7 @@ def _row_cases(hints: bool) -> tuple[Case, ...]:
 _OUT32 = Case("head", "small", "the head normalises into fp32", {"L": 6, "D": 128, "fp32_out": 1})
 _HEAD = Case("720p head", "production", "as the head does", {"L": _720P, "D": 2048, "fp32_out": 1})
 _HEADS, _TINY = {"N": 16, "K": 128}, {"N": 2, "K": 64}
-_ODD_HEADS = Case(
-    "3 heads of 96", "odd", "neither heads nor head width a power of two", {"L": 5, "N": 3, "K": 96}
-)
+_ODD_HEADS = Case("3 heads of 96", "odd", "nothing is a power of two", {"L": 5, "N": 3, "K": 96})
 _ONE_HEAD = Case("published head", "small", "the published heads", {"L": 3, **_HEADS})
 _LATENT = {"T": 24, "H": 88, "W": 160}
 _PICTURE = {"F": 93, "H": 704, "W": 1280}
