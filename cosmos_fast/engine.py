@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from .chunking import (
 from .clip_plan import ClipPlan
 from .dispatch import pick_device
 from .formats import CHUNK_FRAMES, CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
+from .graphs import Graphed
 from .inputs import ChunkInputs, ClipInputs
 from .network import Network, Pair, Prompt, Single
 from .planning import DISTILLED, preflight
@@ -253,14 +254,18 @@ class Engine:
 
         if self.is_distilled:
             noise = sampler.distilled_noise(seed, shape, self.device)
-            single = Single(network, contexts[0])
+            single = self._graphed(Single(network, contexts[0]))
             return sampler.sample_distilled(
                 single, noise, schedule, known=known, dtype=self.dtype, on_step=told
             )
         return sampler.sample(
-            Pair(network, *contexts), sampler.noise(seed, shape).to(self.device), schedule,
+            self._graphed(Pair(network, *contexts)), sampler.noise(seed, shape).to(self.device), schedule,
             guidance=clip.spec.guidance, known=known, guide=guide, dtype=self.dtype, on_step=told,
         )  # fmt: skip
+
+    def _graphed(self, bound: Pair | Single) -> Any:
+        """The bound network, its launches recorded in a CUDA graph if the plan asks for that."""
+        return Graphed(bound) if self.plan.graphs else bound
 
     def _weights(self, clip: ClipPlan, given: ChunkInputs) -> list[float] | Tensor:
         names = self._branches(clip)

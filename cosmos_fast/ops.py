@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import attention as backends
-from . import compiled, convolution, reference
-from .dispatch import Candidate, define, triton
+from . import convolution
+from .dispatch import Candidate, define, native, triton
 from .formats import Rows
 
 EPS = 1e-6
@@ -166,14 +165,9 @@ HOPPER, AMPERE_UP = ((9, 0), (9, 0)), ((8, 0), (99, 0))
 
 
 def _compiled(name: str) -> Iterator[Candidate]:
-    """The C++ and the CUDA implementation of an op of the adaln stem."""
-    for candidate, device, dtypes in (
-        ("cuda", "cuda", None),
-        ("cpp", "cpu", (torch.float32, torch.bfloat16)),
-    ):
-        symbol = f"{name}_{device}"
-        load = partial(compiled.same_dtype, symbol, getattr(reference, name))
-        yield Candidate(candidate, load, device, HOPPER if device == "cuda" else None, dtypes, symbol=symbol)
+    """The CUDA and the C++ implementation of an op of the adaln stem."""
+    yield native("cuda", f"{name}_cuda", "cuda", capability=HOPPER, dtypes=(torch.float32, *HALF[:1]))
+    yield native("cpp", f"{name}_cpu", "cpu", dtypes=(torch.float32, *HALF[:1]))
 
 
 _adaln = define(

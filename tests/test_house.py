@@ -24,7 +24,7 @@ LAYERS: dict[int, tuple[str, str]] = {
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
         "video_probe video_write network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file",
     ),
-    1: ("attention convolution compiled kernels", "reference _native"),
+    1: ("attention convolution kernels", "reference _native"),
     2: ("ops", "dispatch"),
     3: ("quant parallel", ""),
     4: ("network vae text", "context"),
