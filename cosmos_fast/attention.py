@@ -21,7 +21,8 @@ def _heads_first(x: Tensor) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's scaled_dot_product_attention, with the backend torch prefers."""
-    return F.scaled_dot_product_attention(*map(_heads_first, (q, k, v)))[0].transpose(0, 1)
+    out = F.scaled_dot_product_attention(_heads_first(q), _heads_first(k), _heads_first(v))
+    return out[0].transpose(0, 1)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

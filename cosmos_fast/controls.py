@@ -142,7 +142,10 @@ def _preset(table: Mapping[str, tuple[int, int]], preset: str, field: str) -> tu
 class ControlMaker(Protocol):
     """Makes one control from the clip when the request gives no file for it."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The control this makes."""
+        ...
 
     def make(
         self, frames: np.ndarray, control: Any, *, source: Path | None, start: int, stop: int

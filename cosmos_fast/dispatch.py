@@ -136,7 +136,9 @@ def triton(
 
 
 def native(name: str, symbol: str, device: str, **needs: Any) -> Candidate:
-    return Candidate(name, lambda: getattr(torch.ops.cosmos_fast, symbol).default, device, symbol=symbol, **needs)
+    return Candidate(
+        name, lambda: getattr(torch.ops.cosmos_fast, symbol).default, device, symbol=symbol, **needs
+    )
 
 
 @contextmanager

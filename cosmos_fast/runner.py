@@ -19,7 +19,7 @@ import torch
 
 from . import controls
 from .clip_plan import BatchPlan, ClipPlan
-from .engine import Engine, Part, Progress
+from .engine import Engine, Part, Progress, Step
 from .formats import CosmosFastError, EnvironmentProblem
 from .guards import Claim, FrameChecks, StopFlag, Stopped
 from .outputs import ClipOutputs, OutputFolder
@@ -140,13 +140,13 @@ def make_clip(
     options: Options,
     stop: StopFlag,
     progress: Progress | None,
-) -> dict:
+) -> dict[str, Any]:
     """Make one clip and put it in its place; returns its sidecar."""
     outputs.remove_parts()
     engine.stages.seconds.clear()
     engine.stages.peak_bytes.clear()
 
-    def on_step(step) -> None:  # type: ignore[no-untyped-def]
+    def on_step(step: Step) -> None:
         stop.check()
         if progress is not None:
             progress(step)

@@ -85,7 +85,11 @@ class Oracle:
                 if k.startswith(("control_embedder.", "control_blocks.") if config.branches == 1 else (f"control_embedder.{j}.", f"control_blocks_{j}."))
             }  # fmt: skip
             loaded = {_rename(k): v for k, v in own.items()}
-            shared = {k: v for k, v in base.items() if k.startswith(("time_embed", "crossattn_proj", "img_context_proj"))}
+            shared = {
+                k: v
+                for k, v in base.items()
+                if k.startswith(("time_embed", "crossattn_proj", "img_context_proj"))
+            }
             loaded |= shared | {"patch_embed_base.proj.weight": base["patch_embed.proj.weight"]}
             net.load_state_dict(loaded, strict=True)
             self.controls.append(net)

@@ -14,7 +14,9 @@ GRID = (3, 8, 12)
 TOLERANCE = 1e-4
 """Max absolute difference in fp32, on outputs of size about 5."""
 
-SIZES = dict(width=128, heads=2, blocks=8, control_every=4, adaln_rank=16, text_width=48, text_dim=64, text_tokens=9)
+SIZES = dict(
+    width=128, heads=2, blocks=8, control_every=4, adaln_rank=16, text_width=48, text_dim=64, text_tokens=9
+)
 KINDS = {
     "single": NetworkConfig.tiny(**SIZES, image_width=24, image_tokens=7),
     "distilled": NetworkConfig.tiny(**SIZES, image_width=None, timestep_scale=1.0),
@@ -22,7 +24,9 @@ KINDS = {
 }
 
 
-def build(config: NetworkConfig, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Network:
+def build(
+    config: NetworkConfig, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> Network:
     with torch.device("meta"):
         network = Network(config)
     network.load_state_dict(checkpoint.to_ours(state, config, dtype), assign=True, strict=True)
@@ -87,7 +91,9 @@ def test_weight_map(models):
     maps = torch.rand(1, GRID[0], GRID[1] // 2, GRID[2] // 2)
     times = torch.tensor([[500]])
     ctx = context(network, text, image, controls, maps, times)
-    assert_close(network(z, 0, ctx), oracle(z, times[0] * 0.001, text, image, controls, maps, torch.zeros(GRID[0])))
+    assert_close(
+        network(z, 0, ctx), oracle(z, times[0] * 0.001, text, image, controls, maps, torch.zeros(GRID[0]))
+    )
 
 
 def test_one_frame(models):
@@ -96,7 +102,9 @@ def test_one_frame(models):
     z, text, image, controls = inputs(network.config, grid)
     times = torch.tensor([[700]])
     ctx = context(network, text, image, controls, [1.0], times, grid)
-    assert_close(network(z, 0, ctx), oracle(z, times[0] * 0.001, text, image, controls, [1.0], torch.zeros(1)))
+    assert_close(
+        network(z, 0, ctx), oracle(z, times[0] * 0.001, text, image, controls, [1.0], torch.zeros(1))
+    )
 
 
 def test_per_frame_times(models):
@@ -176,7 +184,11 @@ def test_rope_exponents_are_rounded_to_bf16(models):
     prompts, tables = [network.read_prompt(text, image)], network.tabulate(times)
     held = network.read_controls(controls, [1.0], GRID, mask)
     rounded = network.prepare(prompts, held, tables, GRID, mask)[0]
-    difference = (network(z, 0, rounded) - network(z, 0, context(network, text, image, controls, [1.0], times))).abs().max()
+    difference = (
+        (network(z, 0, rounded) - network(z, 0, context(network, text, image, controls, [1.0], times)))
+        .abs()
+        .max()
+    )
     assert 1e-5 < difference < 1
 
 

