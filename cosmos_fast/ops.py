@@ -164,9 +164,14 @@ HALF = (torch.bfloat16, torch.float16)
 HOPPER, AMPERE_UP = ((9, 0), (9, 0)), ((8, 0), (99, 0))
 
 
+def _cuda(name: str) -> Candidate:
+    """The CUDA C++ implementation of an op."""
+    return native("cuda", f"{name}_cuda", "cuda", capability=HOPPER, dtypes=(torch.float32, *HALF[:1]))
+
+
 def _compiled(name: str) -> Iterator[Candidate]:
     """The CUDA and the C++ implementation of an op of the adaln stem."""
-    yield native("cuda", f"{name}_cuda", "cuda", capability=HOPPER, dtypes=(torch.float32, *HALF[:1]))
+    yield _cuda(name)
     yield native("cpp", f"{name}_cpu", "cpu", dtypes=(torch.float32, *HALF[:1]))
 
 
@@ -196,6 +201,7 @@ _head_norm = define(
     _check_head_norm,
     lambda x, gain, eps: x.new_empty(x.shape[0], x.shape[1] // gain.shape[0], gain.shape[0]),
     triton("norm_rope", "head_norm"),
+    _cuda("head_norm"),
 )
 _qk_norm_rope = define(
     "qk_norm_rope(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
@@ -204,6 +210,7 @@ _qk_norm_rope = define(
         qkv.new_empty(qkv.shape[0], qkv.shape[1] // (3 * q_gain.shape[0]), q_gain.shape[0]) for _ in "qk"
     ),
     triton("norm_rope", "qk_norm_rope"),
+    _cuda("qk_norm_rope"),
 )
 _gelu = define("gelu(Tensor x) -> Tensor", _check_gelu, torch.empty_like, triton("gelu", "gelu"))
 _attention = define(

@@ -5,61 +5,10 @@
 // tables stay in L1/L2, because the rows of one frame are neighbours.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "adaln.h"
+#include "vec.cuh"
 
 namespace cosmos_fast {
-
-constexpr int kVec = 8;  // values per vector: one 16-byte access in bf16, two in fp32
-
-struct Vec {
-  float v[kVec];
-};
-
-__device__ __forceinline__ Vec load_vec(const __nv_bfloat16* p) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  Vec out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out.v[2 * i] = __uint_as_float(words[i] << 16);
-    out.v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-  }
-  return out;
-}
-
-__device__ __forceinline__ Vec load_vec(const float* p) {
-  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
-  return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-}
-
-// A modulation table is bf16 or fp32; the choice is the same for the whole grid, so the branch costs nothing.
-__device__ __forceinline__ Vec load_table(const void* base, int64_t offset, bool bf16) {
-  return bf16 ? load_vec(static_cast<const __nv_bfloat16*>(base) + offset)
-              : load_vec(static_cast<const float*>(base) + offset);
-}
-
-// Stores the rounded values and returns them: what follows must see what the next op will read.
-__device__ __forceinline__ Vec store_vec(__nv_bfloat16* p, const Vec& in) {
-  Vec rounded;
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(in.v[2 * i], in.v[2 * i + 1]);
-    words[i] = *reinterpret_cast<const uint32_t*>(&pair);
-    rounded.v[2 * i] = __uint_as_float(words[i] << 16);
-    rounded.v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-  }
-  *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
-  return rounded;
-}
-
-__device__ __forceinline__ Vec store_vec(float* p, const Vec& in) {
-  reinterpret_cast<float4*>(p)[0] = make_float4(in.v[0], in.v[1], in.v[2], in.v[3]);
-  reinterpret_cast<float4*>(p)[1] = make_float4(in.v[4], in.v[5], in.v[6], in.v[7]);
-  return in;
-}
 
 // Sum over the block, the same bits in every thread. `scratch` holds one float per warp and is not reused.
 template <int kThreads>

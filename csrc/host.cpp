@@ -5,6 +5,7 @@
 
 #ifdef USE_CUDA
 #include "adaln.h"
+#include "norm_rope.h"
 #endif
 
 namespace py = pybind11;
@@ -28,6 +29,7 @@ py::list kernel_info() {
 #ifdef USE_CUDA
   std::vector<cosmos_fast::KernelInfo> found;
   cosmos_fast::adaln_kernels(found);
+  cosmos_fast::norm_rope_kernels(found);
   for (const auto& kernel : found) {
     py::dict row;
     row["name"] = kernel.name;

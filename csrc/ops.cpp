@@ -1,11 +1,15 @@
 // PyInit__C, the registration table, and the checks that stand between Python and raw pointers.
 #include <Python.h>
 
+#include <array>
 #include <tuple>
 #include <vector>
 
 #include "adaln.h"
 #include "common.h"
+#ifdef USE_CUDA
+#include "norm_rope.h"
+#endif
 
 namespace cosmos_fast {
 namespace {
@@ -128,6 +132,99 @@ std::tuple<Tensor, Tensor> residual_adaln(Tensor x, Tensor branch, Tensor gate, 
   return {sum, h};
 }
 
+#ifdef USE_CUDA
+// One gain (K,), on x's device.
+void set_gain(const char* op, const char* what, const Tensor& gain, const Tensor& x, NormRopeArgs& args,
+              int part) {
+  STD_TORCH_CHECK(gain.dim() == 1 && gain.size(0) == args.head_width && gain.is_contiguous() &&
+                      gain.is_cuda() && gain.get_device_index() == x.get_device_index(),
+                  op, ": ", what, " must be contiguous (", args.head_width, ",) on x's device, got ",
+                  gain.dim(), " dimensions and ", gain.numel(), " elements.");
+  args.gain[part] = gain.data_ptr();
+  args.gain_bf16[part] = is_bf16(op, what, gain.scalar_type());
+}
+
+// Angles (L, K/2), on x's device.
+const float* table_of_angles(const char* op, const char* what, const Tensor& table, const Tensor& x,
+                             const NormRopeArgs& args, int64_t& stride) {
+  const bool fits = table.dim() == 2 && table.size(0) == args.num_rows &&
+                    table.size(1) == args.head_width / 2 && table.stride(1) == 1 &&
+                    table.scalar_type() == ScalarType::Float && table.is_cuda() &&
+                    table.get_device_index() == x.get_device_index();
+  STD_TORCH_CHECK(fits, op, ": ", what, " must be float32 (", args.num_rows, ", ", args.head_width / 2,
+                  ") with unit stride along K/2 on x's device, got ", type_name(table.scalar_type()),
+                  " with ", table.dim(), " dimensions and ", table.numel(), " elements.");
+  stride = table.stride(0);
+  return static_cast<const float*>(table.data_ptr());
+}
+
+// parts: q, k and v of a packed projection, or the one of head_norm.
+NormRopeArgs heads_of(const char* op, const Tensor& x, const Tensor& gain, int parts, double eps) {
+  STD_TORCH_CHECK(gain.dim() == 1, op, ": gain must be (K,), got ", gain.dim(), " dimensions.");
+  const int64_t K = gain.size(0);
+  STD_TORCH_CHECK(K > 0 && K % kHeadStep == 0 && K <= kMaxHeadWidth, op,
+                  ": the head width K must be a multiple of ", kHeadStep, " up to ", kMaxHeadWidth, ", got ",
+                  K, ". Choose another implementation.");
+  STD_TORCH_CHECK(
+      x.dim() == 2 && x.size(1) % (parts * K) == 0 && x.size(1) < (int64_t{1} << 31) && x.stride(1) == 1, op,
+      ": x must be (L, ", parts, " * N * ", K, ") with unit stride along the features, got ", x.dim(),
+      " dimensions, last ", x.size(x.dim() - 1), ".");
+  NormRopeArgs args{};
+  args.x = x.data_ptr();
+  args.num_rows = x.size(0);
+  args.row_stride = x.stride(0);
+  args.num_heads = static_cast<int>(x.size(1) / (parts * K));
+  args.head_width = static_cast<int>(K);
+  args.x_bf16 = is_bf16(op, "x", x.scalar_type());
+  args.eps = static_cast<float>(eps);
+  return args;
+}
+
+Tensor heads_out(const Tensor& x, const NormRopeArgs& args) {
+  const std::array<int64_t, 3> shape = {args.num_rows, args.num_heads, args.head_width};
+  return torch::stable::new_empty(x, shape, x.scalar_type());
+}
+
+void run_norm_rope(const char* op, const NormRopeArgs& args, const Tensor& x) {
+  if (args.num_rows == 0 || args.num_heads == 0) return;
+  const void* pointers[] = {args.x, args.gain[0], args.gain[1], args.cos, args.sin};
+  uintptr_t low_bits = 0;
+  for (const void* pointer : pointers) low_bits |= reinterpret_cast<uintptr_t>(pointer);
+  const int64_t row_bytes = args.row_stride * (args.x_bf16 ? 2 : 4),
+                angles = args.cos_stride | args.sin_stride;
+  STD_TORCH_CHECK(low_bits % 16 == 0 && row_bytes % 16 == 0 && angles % 4 == 0, op,
+                  ": operands and their rows must start on 16 bytes, got row strides of ", args.row_stride,
+                  ", ", args.cos_stride, " and ", args.sin_stride, " elements and address bits ",
+                  low_bits % 16, ". Call .contiguous() on a view.");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  check_launch(op, norm_rope_launch(args, current_stream(x.get_device_index())));
+}
+
+Tensor head_norm_cuda(Tensor x, Tensor gain, double eps) {
+  NormRopeArgs args = heads_of("head_norm", x, gain, 1, eps);
+  set_gain("head_norm", "gain", gain, x, args, 0);
+  const Tensor out = heads_out(x, args);
+  args.out[0] = out.data_ptr();
+  run_norm_rope("head_norm", args, x);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin,
+                                             double eps) {
+  const char* op = "qk_norm_rope";
+  NormRopeArgs args = heads_of(op, qkv, q_gain, 3, eps);
+  set_gain(op, "q_gain", q_gain, qkv, args, 0);
+  set_gain(op, "k_gain", k_gain, qkv, args, 1);
+  args.cos = table_of_angles(op, "cos", cos, qkv, args, args.cos_stride);
+  args.sin = table_of_angles(op, "sin", sin, qkv, args, args.sin_stride);
+  const Tensor q = heads_out(qkv, args), k = heads_out(qkv, args);
+  args.out[0] = q.data_ptr();
+  args.out[1] = k.data_ptr();
+  run_norm_rope(op, args, qkv);
+  return {q, k};
+}
+#endif
+
 #define ADALN_ARGS \
   "Tensor shift, Tensor scale, int tokens_per_frame, int token_offset, float eps, ScalarType? out=None)"
 #define RESIDUAL_ARGS "Tensor x, Tensor branch, Tensor gate, Tensor[] hints, Tensor? hint_weights, "
@@ -142,6 +239,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cosmos_fast, m) {
 #ifdef USE_CUDA
   m.def("adaln_cuda(Tensor x, " ADALN_ARGS " -> Tensor");
   m.def("residual_adaln_cuda(" RESIDUAL_ARGS ADALN_ARGS " -> (Tensor, Tensor)");
+  m.def("head_norm_cuda(Tensor x, Tensor gain, float eps) -> Tensor");
+  m.def(
+      "qk_norm_rope_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> "
+      "(Tensor, Tensor)");
 #endif
 }
 
@@ -154,6 +255,8 @@ STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CUDA, m) {
   m.impl("adaln_cuda", TORCH_BOX(&adaln<run_cuda>));
   m.impl("residual_adaln_cuda", TORCH_BOX(&residual_adaln<run_cuda>));
+  m.impl("head_norm_cuda", TORCH_BOX(&head_norm_cuda));
+  m.impl("qk_norm_rope_cuda", TORCH_BOX(&qk_norm_rope_cuda));
 }
 #endif
 
