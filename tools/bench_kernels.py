@@ -2,10 +2,11 @@
 
     python tools/bench_kernels.py out.json [--sweep] [--only adaln,gelu] [--compile-budget 20]
 
-Checks the small, odd, empty and production cases of `cosmos_fast.testing` in bf16 against the references; times the production ones, candidate by candidate in turn: triton, cuda (if built), eager (the
-reference), compiled (the reference through torch.compile, as long as its budget lasts). Percentages are of the copy
-rate measured in the same run. --sweep also times other launch choices. Exit status 1 if anything failed; the JSON
-file is written all the same. --device cpu with TRITON_INTERPRET=1 is a dry run of this script.
+Checks the small, odd, empty and production cases of `cosmos_fast.testing` in bf16 against the references; times the
+production ones, candidate by candidate in turn: triton, every built native one (cuda on a GPU), eager (the reference),
+compiled (the reference through torch.compile, as long as its budget lasts). Percentages are of the copy rate measured
+in the same run. --sweep also times other launch choices. Exit status 1 if anything failed; the JSON file is written
+all the same. --device cpu with TRITON_INTERPRET=1 is a dry run of this script.
 """
 
 from __future__ import annotations
@@ -121,17 +122,13 @@ def kernel(op: str) -> Call:
     return next(c for c in TABLE[op].candidates if c.name == "triton").load()
 
 
-def peers(op: str) -> dict[str, Call]:
-    """Ours first."""
+def peers(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
+    """Our implementations for such tensors, Triton first: every built native one, also while the table does not choose it."""
     found = {"triton": kernel(op)}
-    if _native.available(f"{op}_cuda"):
-        found["cuda"] = getattr(torch.ops.cosmos_fast, f"{op}_cuda")
+    for candidate in TABLE[op].candidates:
+        if candidate.symbol is not None and candidate.obstacle(device, dtype) is None:
+            found[candidate.name] = candidate.load()
     return found
-
-
-def fits_cuda(args: tuple[Any, ...]) -> bool:
-    """Whether the CUDA kernels take these operands: bf16 or fp32, width a multiple of 8."""
-    return args[0].dtype in (torch.bfloat16, torch.float32) and args[0].shape[-1] % 8 == 0
 
 
 def check_small(run: Run, op: str, dtype: torch.dtype) -> None:
@@ -141,9 +138,8 @@ def check_small(run: Run, op: str, dtype: torch.dtype) -> None:
         what = f"{op} {case.name} {kind}"
         with run.guarded(what):
             args = testing.inputs(op, case, run.device, kind)
-            for name, call in peers(op).items():
-                if name == "triton" or fits_cuda(args):
-                    run.check(f"{what} {name}", op, call, args)
+            for name, call in peers(op, run.device, args[0].dtype).items():
+                run.check(f"{what} {name}", op, call, args)
 
 
 def production(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
@@ -152,7 +148,7 @@ def production(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
             continue
         with run.guarded(f"{op} {case.name}"):
             args = testing.inputs(op, case, run.device, dtype)
-            calls = peers(op)
+            calls = peers(op, run.device, args[0].dtype)
             for name, call in calls.items():
                 run.check(f"{op} {case.name} {name}", op, call, args)
             moved = testing.nbytes(op, args, testing.as_tuple(calls["triton"](*args)))
@@ -204,9 +200,11 @@ def environment(run: Run) -> dict[str, Any]:
     import triton
 
     gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else None
+    symbols = {c.symbol for row in TABLE.values() for c in row.candidates if c.symbol is not None}
+    native = {symbol: _native.reason(symbol) or "built" for symbol in sorted(symbols)}
     return {
         "gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
-        "python": platform.python_version(), "native": _native.reason("adaln_cuda") or "built",
+        "python": platform.python_version(), "native": native,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
