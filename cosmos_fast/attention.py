@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +28,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's scaled_dot_product_attention through cuDNN."""
+    if q.shape[0] == 0:  # a rank without tokens; cuDNN has no plan for it
+        return torch.empty_like(q)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v)
 

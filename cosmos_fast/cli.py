@@ -139,7 +139,7 @@ def checked_batch(specs: tuple[Path, ...], options: dict[str, Any], **preflight_
 @click.option("--text-embeddings", type=PATHS, help="Embeddings of the prompts (tools/make_embeddings.py).")
 @click.option("--recipe", default="exact", show_default=True, help="Precision: exact (bf16) or fp32.")
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
-@click.option("--vae-window", type=int, default=16, show_default=True, help="Frames the VAE encodes at once.")
+@click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")
 @click.option("--graphs", is_flag=True, help="Replay steps as CUDA graphs: for small shapes and images.")
 @click.option("--codec", default="libx264", show_default=True, help="libx264, libx265 or libsvtav1.")
 @click.option("--resume", is_flag=True, help="Keep clips that are finished and unchanged.")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .config import NetworkConfig
 from .formats import PATCH, Rows
-from .ops import Pending
 
 if TYPE_CHECKING:
     from .network import TextKeys
@@ -78,10 +77,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Stem:
-    """What block 0 computes before it looks at the prompt, in the base and in each control branch."""
+    """Tokens (L, D) after block 0's self-attention, before it looks at the prompt: base, and each control."""
 
-    base: tuple[Tensor, Pending]
-    control: tuple[tuple[Tensor, Pending], ...]
+    base: Tensor
+    control: tuple[Tensor, ...]
 
 
 def rope(

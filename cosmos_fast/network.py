@@ -141,15 +141,21 @@ class Block(nn.Module):
         q, k, v = ops.qk_norm_rope(self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin)
         return x, Pending(self.attn_out(self.attend(q, k, v).flatten(1)), gate)
 
+    def opening(self, x: Tensor, mod: Modulation, step: int, ctx: Context) -> Tensor:
+        """x (L, D) after self-attention, its debt settled: one tensor, not two, to keep for the other prompt."""
+        return ops.residual(*self.self_attention(x, None, mod, step, ctx), ctx.rows)
+
     def after_attention(
-        self, x: Tensor, pending: Pending, keys: TextKeys, mod: Modulation, step: int, ctx: Context
+        self, x: Tensor, pending: Pending | None, keys: TextKeys, mod: Modulation, step: int, ctx: Context
     ) -> tuple[Tensor, Pending]:
         shift, scale, gate = mod.at(step, 1)
         x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
         pending = Pending(self.cross(h, keys), gate)
         shift, scale, gate = mod.at(step, 2)
         x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
-        return x, Pending(self.fc2(ops.gelu(self.fc1(h))), gate)
+        h = self.fc1(h)  # one name for what is live: the hidden layer is the largest tensor of a call
+        h = ops.gelu(h)
+        return x, Pending(self.fc2(h), gate)
 
 
 class ControlBranch(nn.Module):
@@ -321,16 +327,15 @@ class Network(nn.Module):
     def stem(self, z_CTHW: Tensor, step: int, ctx: Context) -> Stem:
         """Embed, and run block 0 of the base and of each active control up to the end of self-attention."""
         x = self.x_embed(ops.patchify(z_CTHW, ctx.mask))
-        base = self.blocks[0].self_attention(x, None, ctx.tables.blocks[0], step, ctx)
         control = tuple(
-            self.control[j].blocks[0].self_attention(tokens + x, None, ctx.tables.control[j][0], step, ctx)
+            self.control[j].blocks[0].opening(tokens + x, ctx.tables.control[j][0], step, ctx)
             for j, tokens in zip(ctx.controls.branches, ctx.controls.tokens, strict=True)
         )
-        return Stem(base, control)
+        return Stem(self.blocks[0].opening(x, ctx.tables.blocks[0], step, ctx), control)
 
     def body(self, stem: Stem, step: int, ctx: Context) -> Tensor:
         """From the end of block 0's self-attention to the velocity (C, T, H, W) fp32."""
-        (x, pending), chains = stem.base, list(stem.control)
+        x, pending, chains = stem.base, None, list(stem.control)
         for i, block in enumerate(self.blocks):
             keys, mod = ctx.prompt.blocks[i], ctx.tables.blocks[i]
             if i > 0:
@@ -341,19 +346,17 @@ class Network(nn.Module):
                 pending = replace(pending, hints=hints, hint_weights=ctx.controls.weights)
         return self.head(x, pending, step, ctx)
 
-    def _hints(
-        self, n: int, chains: list[tuple[Tensor, Pending]], step: int, ctx: Context
-    ) -> tuple[Tensor, ...]:
+    def _hints(self, n: int, chains: list[Tensor], step: int, ctx: Context) -> tuple[Tensor, ...]:
         """Advance every control chain by its block n (just before its hint is due); return the hints."""
         hints = []
         for slot, j in enumerate(ctx.controls.branches):
             branch, mod, keys = self.control[j], ctx.tables.control[j][n], ctx.prompt.control[j][n]
-            x, pending = chains[slot]
+            x, pending = chains[slot], None
             if n > 0:
                 x, pending = branch.blocks[n].self_attention(x, None, mod, step, ctx)
             x, pending = branch.blocks[n].after_attention(x, pending, keys, mod, step, ctx)
-            x = ops.residual(x, pending, ctx.rows)
-            chains[slot] = (x, pending)
+            chains[slot] = x = ops.residual(x, pending, ctx.rows)
+            del pending
             hints.append(branch.after_proj[n](x))
         return tuple(hints)
 

@@ -75,7 +75,8 @@ class Plan:
 
     device: "cuda", "cuda:N", "cpu", or None to take a GPU when there is one.
     context, cfg: ranks that share the tokens, and ranks that share the two guidance passes; 1 for now.
-    vae_encode_window: video frames encoded at once after the first, a multiple of 4.
+    vae_encode_window: video frames encoded at once after the first, a multiple of 4. The published system
+    takes 16; 4 costs little time and less than half the memory (docs/log.md).
     vae_decode_window: latent frames decoded at once. Both windows change memory, never the result.
     graphs: record a denoising step into a CUDA graph once per chunk and replay it; equal bit for bit. Meant for sizes so
     small that launching kernels takes longer than running them; it holds the activations of a step for the whole chunk.
@@ -84,7 +85,7 @@ class Plan:
     device: str | None = None
     context: int = 1
     cfg: int = 1
-    vae_encode_window: int = 16
+    vae_encode_window: int = 4
     vae_decode_window: int = 1
     graphs: bool = False
 

@@ -176,7 +176,7 @@ def test_sidecar_has_the_documented_keys_and_plain_values() -> None:
     assert set(record) == set(SIDECAR_KEYS)
     assert record["chunks"] == [{"index": 0, "path": "/a"}]
     assert record["output"]["fps"] == "30000/1001"
-    assert record["recipe"] == Recipe.exact().to_dict() and record["plan"]["vae_encode_window"] == 16
+    assert record["recipe"] == Recipe.exact().to_dict() and record["plan"]["vae_encode_window"] == 4
     assert record["checks"]["jump"] == 0.5
     assert record["guardrail"]["requested"] is record["guardrail"]["run"] is False
     assert record["guardrail"]["reason"]

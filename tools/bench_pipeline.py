@@ -1,6 +1,6 @@
 """One clip at full size, from spec to mp4, with random weights of the published shapes: seconds and peak memory by stage.
 
-    python tools/bench_pipeline.py OUT.json [--model edge|edge/distilled] [--steps N] [--repeat N]
+    python tools/bench_pipeline.py OUT.json [--model edge|edge/distilled] [--steps 2,35]
 
 The first clip includes kernel compilation and autotuning; the last is the figure to quote. Text embeddings are
 random too (the prompt encoder is not part of the run); the input is a real clip.
@@ -23,6 +23,7 @@ import demo  # noqa: E402
 import make_checkpoint  # noqa: E402
 import torch  # noqa: E402
 
+from bench.watch import Watch  # noqa: E402
 from cosmos_fast import testing  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
 from cosmos_fast.spec import NEGATIVE_PROMPT  # noqa: E402
@@ -35,8 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="edge", choices=["edge", "edge/distilled"])
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--steps", default="2,2", help="sampling steps of each clip, in order")
     parser.add_argument("--commit", default="")
     args = parser.parse_args()
     testing.kernels_from_checkout()
@@ -56,24 +56,24 @@ def main() -> None:
         write_embeddings(root / "text.safetensors", prompts)
         made_s = time.perf_counter() - start
         spec = {"prompt": PROMPT, "video_path": str(demo.street_clip()), "max_frames": 93, "edge": {}}
-        if args.steps:
-            spec["num_steps"] = args.steps
-        files = []
-        for i in range(args.repeat):
+        steps, files = [int(n) for n in args.steps.split(",")], []
+        for i, count in enumerate(steps):
             files.append(root / f"clip{i}.json")
-            files[-1].write_text(json.dumps(spec | {"name": f"clip{i}"}))
+            files[-1].write_text(json.dumps(spec | {"name": f"clip{i}", "num_steps": count}))
         call = ["generate", *map(str, files), "-o", str(root / "out"), "--checkpoint", str(root / "models"),
                 "--model", args.model, "--text-embeddings", str(root / "text.safetensors")]  # fmt: skip
-        run = CliRunner().invoke(cosmos_fast, call)
+        watch = Watch()
+        with watch("clips"):
+            run = CliRunner().invoke(cosmos_fast, call)
         print(run.stderr[-2000:], run.stdout)
         if run.exit_code:
             if run.exception and not isinstance(run.exception, SystemExit):
                 raise run.exception
             sys.exit(run.exit_code)
-        clips = [json.loads((root / "out" / f"clip{i}.json").read_text()) for i in range(args.repeat)]
+        clips = [json.loads((root / "out" / f"clip{i}.json").read_text()) for i in range(len(steps))]
     smi = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
     record = {
-        "kind": "pipeline", "model": args.model, "steps": args.steps, "checkpoint_made_s": round(made_s, 1),
+        "kind": "pipeline", "model": args.model, "steps": steps, "watch": watch.summary("clips"), "checkpoint_made_s": round(made_s, 1),
         "environment": {
             "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name(), "commit": args.commit,
             "versions": clips[-1]["versions"], "smi": subprocess.run(smi, capture_output=True, text=True).stdout.strip(),
