@@ -1,4 +1,4 @@
-"""From a clip to chunks and their constants: plan, padding, seeds, pixel scaling, weight maps, guided maps.
+"""From a clip to chunks and their constants: plan, padding, seeds, weight maps, guided maps.
 
 Shape letters: F video frames, H W pixels, T latent frames, h w latent rows and columns, M control branches.
 Everything here is exact arithmetic on small inputs: no file but a label mask is opened, no global random
@@ -128,27 +128,6 @@ def seed_chain(seed: int, n: int) -> list[int]:
 
 
 # -------------------------------------------------------------------------------------------- pixels
-
-
-def normalize(frames: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Map uint8 pixels to [-1, 1] with every step rounded in `dtype`: the rule for controls and known frames.
-
-    In bf16 the two roundings differ from `normalize_exact` for half of the 256 codes. Any shape.
-    """
-    return _scale(frames, dtype)
-
-
-def normalize_exact(frames: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Map uint8 pixels to [-1, 1] in fp32 and round once to `dtype`: the rule for guided generation."""
-    return _scale(frames, torch.float32).to(dtype)
-
-
-def _scale(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"normalize: frames must be uint8, got {frames.dtype}.")
-    # A tensor divisor: torch turns a Python number on CUDA into a product with its rounded reciprocal.
-    half = torch.full((), 127.5, dtype=dtype, device=frames.device)
-    return frames.to(dtype).div_(half).sub_(1)
 
 
 def is_black(control: np.ndarray | Tensor) -> bool:

@@ -11,13 +11,10 @@ from math import prod
 from .config import NetworkConfig, published_shapes
 from .formats import PATCH, SPATIAL, TEMPORAL
 from .recipe import Plan, Recipe
+from .vae_keys import vae_flops, vae_layout
 
-VAE_PARAMETERS = 126_892_531
+VAE_PARAMETERS = sum(prod(shape) for shape in vae_layout().values())
 _VAE_PIXELS = 704 * 1280  # the size at which the constants below were counted
-_VAE_MID_WIDTH = 384
-# Convolutions in TFLOP at that size: of the first latent frame, and of each further one (4 video frames).
-_VAE_ENCODE = (5.995, 18.033)
-_VAE_DECODE = (9.685, 30.440)
 # Live bytes in bf16 at that size, GiB: constant part (caches, one frame's tensors), and per frame encoded at
 # once or per latent frame decoded at once. A line through 6.4, 9.0, 14.1, 24.5 (windows 4, 8, 16, 32) and
 # 8.6, 12.8, 21.1, 37.7 (1, 2, 4, 8).
@@ -57,19 +54,12 @@ def network_flop(length: int, config: NetworkConfig, active: int = 1) -> float:
 
 def vae_encode_flop(frames: int, width: int, height: int) -> float:
     """FLOP to encode `frames` video frames with the published VAE."""
-    return _vae_flop(_VAE_ENCODE, frames, width, height)
+    return vae_flops(frames, height, width)[0]
 
 
 def vae_decode_flop(frames: int, width: int, height: int) -> float:
     """FLOP to decode the latents of `frames` video frames with the published VAE."""
-    return _vae_flop(_VAE_DECODE, frames, width, height)
-
-
-def _vae_flop(counted: tuple[float, float], frames: int, width: int, height: int) -> float:
-    steps = (frames - 1) // TEMPORAL
-    positions = (width // SPATIAL) * (height // SPATIAL)
-    attention = 4.0 * positions**2 * _VAE_MID_WIDTH * (1 + steps)  # the middle block attends within a frame
-    return (counted[0] + steps * counted[1]) * 1e12 * width * height / _VAE_PIXELS + attention
+    return vae_flops(frames, height, width)[1]
 
 
 def parameters(config: NetworkConfig) -> int:

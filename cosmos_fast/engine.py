@@ -24,7 +24,6 @@ from .chunking import (
     conditional_latents,
     guided_map,
     is_black,
-    normalize_exact,
     seed_chain,
     weight_maps,
     weight_vector,
@@ -217,8 +216,8 @@ class Engine:
     def _guide(self, clip: ClipPlan, given: ChunkInputs) -> sampler.Guide | None:
         if given.guided is None:
             return None
-        exact = normalize_exact(self._to_device(given.frames), self.dtype)
-        x0 = self._encode(exact.permute(3, 0, 1, 2)[None])
+        # Scaled in fp32 and rounded once, unlike controls and known frames: so it was published.
+        x0 = self._encode(ops.normalized(self._to_device(given.frames), torch.float32).to(self.dtype))
         weight = guided_map(given.guided).to(self.device)
         return sampler.Guide(x0, weight, clip.spec.guided_generation_step_threshold)
 

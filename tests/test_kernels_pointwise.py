@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from cosmos_fast import chunking, ops, reference, testing
+from cosmos_fast import ops, reference, testing
 from cosmos_fast.schedule import base_schedule, unipc_coefficients
 
 testing.kernels_from_checkout()
 NAN = float("nan")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def kernels(module: str) -> Any:
@@ -133,22 +136,34 @@ def test_pixels_clamps_and_truncates_and_turns_codes_back() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_normalized_rounds_twice(dtype: torch.dtype) -> None:
     codes = every_code()
-    assert torch.equal(kernels("pixels").normalized(codes, dtype), chunking.normalize(codes, dtype))
+    assert torch.equal(kernels("pixels").normalized(codes, dtype), reference.normalized(codes, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_public_normalized_is_the_rule_of_chunking(dtype: torch.dtype) -> None:
+def test_normalized_equals_the_published_value_of_all_256_codes() -> None:
+    pinned = np.load(GOLDEN / "normalize_bf16.npz")
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.contiguous().view(1, 16, 16, 3)
+    control, exact = ops.normalized(codes), ops.normalized(codes, torch.float32).bfloat16()
+    assert control.dtype == exact.dtype == torch.bfloat16
+    for channel in range(3):
+        assert np.array_equal(control[0, channel].float().flatten().numpy(), pinned["control_bf16_then_div"])
+        assert np.array_equal(exact[0, channel].float().flatten().numpy(), pinned["x0_fp32_then_bf16"])
+    assert (control != exact).sum() == 3 * 128
+
+
+def test_normalized_in_fp32_has_no_bf16_rounding_and_leaves_its_input() -> None:
     codes = every_code()
-    ours = ops.normalized(codes, dtype)
-    theirs = chunking.normalize(codes.permute(3, 0, 1, 2)[None], dtype)
-    assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    out = ops.normalized(codes, torch.float32)
+    turned = codes.permute(3, 0, 1, 2)[None]
+    assert out.dtype == torch.float32 and out.stride() == turned.stride()
+    assert torch.equal(out, turned.float() / 127.5 - 1)
+    assert torch.equal(codes, every_code()), "the input must not be scaled in place"
 
 
 @pytest.mark.gpu
 def test_gpu_normalized_has_every_bit_in_bf16() -> None:
     codes = every_code().cuda()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert torch.equal(kernels("pixels").normalized(codes, dtype), chunking.normalize(codes, dtype))
+        assert torch.equal(kernels("pixels").normalized(codes, dtype), reference.normalized(codes, dtype))
 
 
 def test_pixels_refuses_what_is_no_clip() -> None:
