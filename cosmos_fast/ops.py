@@ -193,8 +193,9 @@ _residual_adaln = define(
     "int tokens_per_frame, int token_offset, float eps, ScalarType out) -> (Tensor, Tensor)",
     _check_residual_adaln,
     lambda x, *rest: (torch.empty_like(x), torch.empty_like(x, dtype=rest[-1])),
-    triton("adaln", "residual_adaln"),
+    # CUDA first here: as fast as Triton without hints, faster with them (docs/log.md).
     *_compiled("residual_adaln"),
+    triton("adaln", "residual_adaln"),
 )
 _head_norm = define(
     "head_norm(Tensor x, Tensor gain, float eps) -> Tensor",
