@@ -28,7 +28,7 @@ CUDNN_FIRST = [
 ]
 
 
-def _without_torchvision() -> None:
+def without_torchvision() -> None:
     """diffusers resizes the (constant) padding mask with torchvision, its only use of it: do without."""
     from diffusers.models.controlnets import controlnet_cosmos
     from diffusers.models.transformers import transformer_cosmos
@@ -73,7 +73,7 @@ class Diffusers:
 
         if config.branches != 1:
             raise ValueError(f"Diffusers: one control branch is supported, got {config.branches}.")
-        _without_torchvision()
+        without_torchvision()
         named: dict[str, dict[str, Tensor]] = {"transformer": {}, "controlnet": {}}
         for published, tensor in state.items():
             for place, name in diffusers_names(published):

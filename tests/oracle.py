@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import types
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers import settings, without_torchvision
 from cosmos_fast.config import NetworkConfig, published_shapes
 
 RENAMES = (
@@ -50,35 +48,16 @@ class Oracle:
 
     def __init__(self, config: NetworkConfig, state: dict[str, Tensor]) -> None:
         from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
-        from diffusers.models.controlnets import controlnet_cosmos
-        from diffusers.models.transformers import transformer_cosmos
 
-        nearest = types.SimpleNamespace(
-            functional=types.SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size)),
-            InterpolationMode=types.SimpleNamespace(NEAREST="nearest"),
-        )
-        for module in (controlnet_cosmos, transformer_cosmos):
-            module.transforms = nearest  # its only use of torchvision, which need not be installed
-        common = dict(
-            num_attention_heads=config.heads, attention_head_dim=config.head_width, mlp_ratio=float(config.mlp_ratio),
-            text_embed_dim=config.text_dim, adaln_lora_dim=config.adaln_rank, rope_scale=(1.0, 3.0, 3.0),
-            extra_pos_embed_type=None, use_crossattn_projection=True, crossattn_proj_in_channels=config.text_width,
-            encoder_hidden_states_channels=config.text_dim, img_context_dim_in=config.image_width,
-            img_context_dim_out=config.width,
-        )  # fmt: skip
+        without_torchvision()
+        transformer, controlnet = settings(config)
         self.config = config
-        self.base = CosmosTransformer3DModel(
-            in_channels=17, out_channels=16, num_layers=config.blocks, concat_padding_mask=True,
-            controlnet_block_every_n=config.control_every, img_context_num_tokens=config.image_tokens, **common,
-        )  # fmt: skip
+        self.base = CosmosTransformer3DModel(**transformer)
         self.controls = []
         base = {_rename(k): v for k, v in state.items() if "control" not in k}
         self.base.load_state_dict(base, strict=True)
         for j in range(config.branches):
-            net = CosmosControlNetModel(
-                n_controlnet_blocks=config.num_control_blocks, in_channels=130, latent_channels=18,
-                model_channels=config.width, **common,
-            )  # fmt: skip
+            net = CosmosControlNetModel(**controlnet)
             own = {
                 k.replace(f"control_embedder.{j}.", "control_embedder.").replace(f"control_blocks_{j}.", "control_blocks."): v
                 for k, v in state.items()
