@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,3 +46,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """cuda in tests marked gpu or multigpu, cpu in all others."""
     on_gpu = any(request.node.get_closest_marker(name) for name in ("gpu", "multigpu"))
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest complete set of weights, in the published layout; read-only for tests."""
+    import system
+
+    return system.make_models(tmp_path_factory.mktemp("models"))
