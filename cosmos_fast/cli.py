@@ -176,10 +176,10 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     )
     if options["dry_run"]:
         click.echo(batch.as_table())
-        return
+        sys.exit(1 if some_invalid else 0)
     folder = OutputFolder(output_folder(options["folder"], found))
     from .engine import Engine
-    from .models import locate
+    from .models import locate, locate_vae
     from .report import gpu_record
     from .runner import Options, run_batch
 
@@ -194,13 +194,15 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         return engine
 
     def made_with(model: str) -> dict[str, Any]:
-        return {"recipe": recipe.to_dict(), "checkpoint": locate(options["checkpoint"], model).record()}
+        source = locate(options["checkpoint"], model)
+        record = source.record(locate_vae(options["vae"], source))
+        return {"recipe": recipe.to_dict(), "checkpoint": record}
 
     with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
         try:
             summary = run_batch(
-                batch, open_engine, folder, options=Options(options["codec"], options["resume"]), stop=stop,
-                progress=progress.step, report=progress.line,
+                batch, open_engine, folder, options=Options(options["codec"], options["resume"], made_with),
+                stop=stop, progress=progress.step, report=progress.line,
             )  # fmt: skip
         except Stopped as stopped:
             progress.line(str(stopped))

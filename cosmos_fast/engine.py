@@ -121,9 +121,10 @@ class Engine:
         self.text: TextEncoder = FileText(text) if isinstance(text, (str, Path)) else text
         with self.stages("load"):
             source = models.locate(checkpoint, model)
-            self.model, self.files = source.model, source.record()
+            vae_path = models.locate_vae(vae, source)
+            self.model, self.files = source.model, source.record(vae_path)
             self.network, self.notes = self._load_network(source)
-            self.vae = self._load_vae(models.locate_vae(vae, source))
+            self.vae = self._load_vae(vae_path)
         self._check_text()
 
     # --- making clips ---

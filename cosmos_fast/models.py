@@ -24,10 +24,13 @@ class Located:
     model: str
     files: Path | dict[str, Path]
 
-    def record(self) -> dict[str, dict[str, str | int]]:
-        """Path and size of every weight file, for the sidecar."""
+    def record(self, vae: Path) -> dict[str, dict[str, str | int]]:
+        """Path, size and time of change (ns) of every weight file: in the sidecar, and compared by resume."""
         files = self.files if isinstance(self.files, dict) else {self.model: self.files}
-        return {name: {"path": str(path), "bytes": _bytes(path)} for name, path in files.items()}
+        return {
+            name: {"path": str(path), "bytes": _bytes(path), "mtime_ns": path.stat().st_mtime_ns}
+            for name, path in (*files.items(), ("vae", vae))
+        }
 
     @property
     def first(self) -> Path:
@@ -137,6 +140,8 @@ def local_configs(checkpoint: str | Path | None, model: str) -> dict[str, Networ
     """Network sizes by model, from the headers of a local checkpoint; empty where nothing local is named."""
     if checkpoint is None or not Path(checkpoint).expanduser().exists():
         return {}
+    if model not in ("auto", *MODELS):
+        return {}  # preflight says what is wrong with the name
     configs = {}
     for name in MODELS if model == "auto" else (model,):
         try:

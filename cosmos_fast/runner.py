@@ -222,13 +222,15 @@ class Media:
         self._open[path].write(frames)
 
     def close(self) -> list[Path]:
-        """Finish, reopen and count every file; returns those beside the result."""
-        for writer in self._open.values():
-            writer.close()
-        for path, frame in self._images.items():
-            write_image(path, frame)
+        """Finish, reopen and count every file, the result last; returns those beside it."""
         main = self.outputs.media(self.clip.frames)
-        return [path for path in (*self._open, *self._images) if path != main]
+        beside = [path for path in (*self._open, *self._images) if path != main]
+        for path in (*beside, main):
+            if path in self._open:
+                self._open[path].close()
+            else:
+                write_image(path, self._images[path])
+        return beside
 
     def __enter__(self) -> Media:
         return self
