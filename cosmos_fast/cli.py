@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
 from .formats import CONTROLS, CosmosFastError, MediaError, SpecError
+
+if TYPE_CHECKING:
+    from .clip_plan import ClipPlan
 
 SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
 PATHS = click.Path(path_type=Path)
@@ -107,23 +110,20 @@ def with_model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def checked_batch(specs: tuple[Path, ...], options: dict[str, Any], **preflight_options: Any) -> Any:
     """The whole batch, checked without weights or a GPU; SpecError lists every problem of every clip."""
     from .planning import preflight
-    from .spec import load_specs, load_valid_specs
+    from .spec import load_valid_specs
 
-    changes, strict = read_overrides(options), not options["skip_invalid"]
-    problems: list[str] = []
-    if strict:
-        found = load_specs(specs, changes)
-    else:
-        found, problems = load_valid_specs(specs, changes)
+    found, problems = load_valid_specs(specs, read_overrides(options))
     batch = preflight(
-        found, options["model"], makers=("edge", "vis"), on_corrupt=options["on_corrupt"], strict=strict,
+        found, options["model"], makers=("edge", "vis"), on_corrupt=options["on_corrupt"], strict=False,
         **preflight_options,
     )  # fmt: skip
     problems += batch.problems
+    if problems and not options["skip_invalid"]:
+        raise SpecError(f"{len(problems)} problems", problems)
+    if problems and not batch.clips:
+        raise SpecError("no clip is valid", [*problems, "no clip is valid."])
     for problem in problems:
         click.echo(f"error: {problem}", err=True)
-    if problems and not batch.clips:
-        raise SpecError("no clip is valid.")
     return batch, bool(problems), found
 
 
@@ -141,7 +141,9 @@ def checked_batch(specs: tuple[Path, ...], options: dict[str, Any], **preflight_
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
 @click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")
 @click.option("--graphs", is_flag=True, help="Replay steps as CUDA graphs: for small shapes and images.")
-@click.option("--codec", default="libx264", show_default=True, help="libx264, libx265 or libsvtav1.")
+@click.option(
+    "--codec", type=click.Choice(["libx264", "libx265", "libsvtav1"]), default="libx264", show_default=True
+)
 @click.option("--resume", is_flag=True, help="Keep clips that are finished and unchanged.")
 @click.option(
     "--grace", default=30.0, show_default=True, help="Seconds a clip may still take after an interrupt."
@@ -177,6 +179,9 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     if options["dry_run"]:
         click.echo(batch.as_table())
         sys.exit(1 if some_invalid else 0)
+    text = text_encoder(options)
+    if not options["skip_invalid"] and (missing := missing_prompts(text, batch.clips)):
+        raise SpecError(f"{len(missing)} prompts without embeddings", missing)
     folder = OutputFolder(output_folder(options["folder"], found))
     from .engine import Engine
     from .models import locate, locate_vae
@@ -185,8 +190,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
 
     def open_engine(model: str) -> Engine:
         engine = Engine(
-            options["checkpoint"], model=model, vae=options["vae"], text=text_encoder(options), recipe=recipe,
-            plan=plan, **lengths,
+            options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan, **lengths,
         )  # fmt: skip
         folder.write_run(
             environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
@@ -233,6 +237,24 @@ def text_encoder(options: dict[str, Any]) -> Any:
     raise SpecError(
         "text: this checkpoint needs embeddings of its prompts, got none. Pass --text-embeddings FILE."
     )
+
+
+def missing_prompts(text: Any, clips: Sequence[ClipPlan]) -> list[str]:
+    """What a file of embeddings does not know, clip by clip; an encoder takes any prompt."""
+    from .text import FileText
+
+    if not isinstance(text, FileText):
+        return []
+    problems = []
+    for clip in clips:
+        has_negative = clip.network_calls > clip.steps * len(clip.chunks)
+        for key in ("prompt", "negative_prompt")[: 1 + has_negative]:
+            if (prompt := getattr(clip.spec, key)) not in text:
+                problems.append(
+                    f"{clip.name}: {key}: must be in {text.path}, got {prompt[:60]!r}. "
+                    "Add it with tools/make_embeddings.py."
+                )
+    return problems
 
 
 def chunk_lengths(checkpoint: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +33,11 @@ MOST_DISK_FAILURES = 3
 
 @dataclass
 class Summary:
-    """What became of every clip of a batch, by name."""
+    """What became of every clip of a batch, by name. elsewhere: another process is making it."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -80,7 +82,7 @@ def run_batch(
             with contextlib.ExitStack() as held:
                 claim = Claim.take(outputs.claim_path, folder.locked)
                 if claim is None:
-                    summary.skipped.append(clip.spec.name)
+                    summary.elsewhere.append(clip.spec.name)
                     report(f"{clip.spec.name}: another process is making it")
                     continue
                 held.enter_context(claim)
@@ -100,7 +102,7 @@ def run_batch(
                 except Stopped:
                     outputs.remove_parts()
                     raise
-                except (CosmosFastError, OSError, ValueError, RuntimeError, MemoryError) as error:
+                except Exception as error:  # whatever it is, the other clips are not to pay for it
                     message = describe(error)
                     summary.failed[clip.spec.name] = message
                     report(f"{clip.spec.name}: failed: {message}")
@@ -121,11 +123,15 @@ def run_batch(
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person: what happened, and for memory what to change."""
+    """One line for a person: what happened, for memory what to change, for the unexpected where."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of GPU memory. Try --vae-window 4, or a lower resolution; `cosmos-fast plan` tells what fits."
     text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, CosmosFastError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, CosmosFastError):
+        return text
+    places = traceback.extract_tb(error.__traceback__)
+    where = f" (at {Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def is_disk_trouble(error: BaseException) -> bool:
