@@ -43,7 +43,7 @@ class Bench:
         self.peaks: roofline.Peaks | None = None
         self.record: dict[str, Any] = {
             "kind": "denoiser", "environment": environment,
-            "args": {k: str(v) for k, v in vars(args).items()}, "sections": {}, "cases": {},
+            "args": {k: str(v) for k, v in vars(args).items() if k != "out"}, "sections": {}, "cases": {},
         }  # fmt: skip
         self.peer: Diffusers | None = None
 

@@ -30,6 +30,8 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's scaled_dot_product_attention through cuDNN."""
     if q.shape[0] == 0:  # a rank without tokens; cuDNN has no plan for it
         return torch.empty_like(q)
+    if k.shape[0] == 1:  # nor for a single key, whose attention is its value
+        return v.expand_as(q).clone()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v)
 

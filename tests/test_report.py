@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job")
+NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip")
 README = "# Title\n" + "".join(
     f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
 )
@@ -43,6 +43,9 @@ KERNELS = {"environment": environment("2026-01-01T00:00:00"), "rows": [
     {"op": "gelu", "case": "720p", "candidate": "triton", "ms": 0.5, "copy_pct": 91.0},
     {"op": "gelu", "case": "720p", "candidate": "eager", "ms": 1.5, "copy_pct": 30.0},
 ]}  # fmt: skip
+PIPELINE = {"kind": "pipeline", "model": "edge", "steps": [2], "environment": environment("2026-01-01T00:00:00"), "clips": [
+    {"stages": {"encode": {"seconds": 2.5, "peak_bytes": 2**31}, "denoise": {"seconds": 13.0, "peak_bytes": 12 * 2**30}}},
+]}  # fmt: skip
 VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases": {"720": {"variants": {
     "ours_encode": {"median_s": 1.5}, "ours_decode": {"median_s": 2.5}, "diffusers_decode": {"median_s": 5.5},
 }}}}  # fmt: skip
@@ -52,7 +55,12 @@ VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases"
 def place(tmp_path: Path) -> Path:
     folder = tmp_path / "results" / "gpu-x"
     folder.mkdir(parents=True)
-    for name, record in (("a-denoiser", DENOISER), ("a-kernels", KERNELS), ("a-vae", VAE)):
+    for name, record in (
+        ("a-denoiser", DENOISER),
+        ("a-kernels", KERNELS),
+        ("a-vae", VAE),
+        ("a-clip", PIPELINE),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(record))
     (tmp_path / "README.md").write_text(README)
     return tmp_path

@@ -75,7 +75,7 @@ def main() -> None:
     record = {
         "kind": "pipeline", "model": args.model, "steps": steps, "watch": watch.summary("clips"), "checkpoint_made_s": round(made_s, 1),
         "environment": {
-            "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name(), "commit": args.commit,
+            "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name(), "commit": args.commit,
             "versions": clips[-1]["versions"], "smi": subprocess.run(smi, capture_output=True, text=True).stdout.strip(),
         },
         "shape": {"frames": 93, "width": 1280, "height": 704, "tokens": 84480},

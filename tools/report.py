@@ -220,8 +220,30 @@ def job(r: Results) -> str | None:
     return f"{table(head, [[*row, num(one.get('peak_gib'), 1)]])}\n\n{note(file, record)}"
 
 
+def clip(r: Results) -> str | None:
+    """One clip from spec to mp4; the first of a process also compiles kernels."""
+    if (found := r.newest(lambda record: record.get("kind") == "pipeline" and record.get("clips"))) is None:
+        return None
+    file, record, clips = found
+    stages = list(clips[0]["stages"])
+    rows = []
+    for steps, one in zip(record["steps"], clips, strict=True):
+        seconds = [one["stages"][stage]["seconds"] for stage in stages]
+        peak = max(one["stages"][stage]["peak_bytes"] or 0 for stage in stages) / 2**30
+        rows.append(
+            [
+                f"{record['model']}, {steps} steps",
+                *(num(s, 1) for s in (*seconds, sum(seconds))),
+                num(peak, 1),
+            ]
+        )
+    head = ["one clip of 93 frames at 720p, s", *stages, "in all", "peak GiB"]
+    return f"{table(head, rows)}\n\n{note(file, record)}"
+
+
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
+    "clip": clip,
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
 
@@ -293,6 +315,12 @@ def figures(results: list[Results]) -> dict[str, Result]:
                 put(f"{title}.exact", errors.pop("ours_bf16"), "1", found[0], errors)
         if (found := r.own("job")) is not None:
             put("denoise_clip_s.exact", found[2]["seconds"], "s", found[0])
+        if (
+            found := r.newest(lambda record: record.get("kind") == "pipeline" and record["clips"][-1])
+        ) is not None:
+            stages = found[2]["stages"].values()
+            put("clip_s.exact", sum(stage["seconds"] for stage in stages), "s", found[0])
+            put("clip_peak_gib.exact", max(s["peak_bytes"] or 0 for s in stages) / 2**30, "GiB", found[0])
         if (found := r.case("720", "vae")) is not None:
             for part in ("encode", "decode"):
                 rows = {
