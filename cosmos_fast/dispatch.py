@@ -173,10 +173,17 @@ def explain(device: str | torch.device, dtype: torch.dtype) -> list[tuple[str, s
         )
     rows = []
     for op in TABLE.values():
-        op.resolve(torch.device(device), dtype)
-        key = (torch.device(device).type, dtype)
+        takes_codes = any(candidate.dtypes == (torch.uint8,) for candidate in op.candidates)
+        kind = torch.uint8 if takes_codes else dtype
+        op.resolve(torch.device(device), kind)
+        key = (torch.device(device).type, kind)
         rows.append((op.name, op.chosen[key][0], op.reasons[key]))
     return rows
+
+
+def used() -> dict[str, list[str]]:
+    """For each op called so far in this process: the implementations that ran."""
+    return {op.name: sorted({name for name, _ in op.chosen.values()}) for op in TABLE.values() if op.chosen}
 
 
 def pick_device(wanted: str | None = None) -> torch.device:

@@ -9,6 +9,7 @@ F video frames, S text tokens, E text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,6 +126,8 @@ class Engine:
             self.model, self.files = source.model, source.record(vae_path)
             self.network, self.notes = self._load_network(source)
             self.vae = self._load_vae(vae_path)
+        # Reading 5 GB again takes seconds; it happens beside the first clip, which takes longer.
+        self._hashes = ThreadPoolExecutor(1).submit(models.hashes, self.files)
         self._check_text()
 
     # --- making clips ---
@@ -135,13 +138,15 @@ class Engine:
         frames = [part.frames for part in self.stream(clip, on_step)]
         return Result(clip, np.concatenate(frames), self.stages.record())
 
+    @torch.inference_mode()  # as a decorator: between parts the caller's own mode holds
     def stream(self, spec: Spec | ClipPlan, on_step: Progress | None = None) -> Iterator[Part]:
         """Make one clip chunk by chunk; each Part is yielded as soon as its frames are decoded."""
         clip = self.planned(spec)
+        self.stages.reset()
         seeds = seed_chain(clip.spec.seed, len(clip.chunks))
         schedule = self.schedule(clip)
         tail: np.ndarray | None = None
-        with torch.inference_mode(), ClipInputs(clip, self.makers) as inputs:
+        with ClipInputs(clip, self.makers) as inputs:
             with self.stages("text"):
                 prompts = self._prompts(clip, inputs)
             for chunk, seed in zip(clip.chunks, seeds, strict=True):
@@ -178,6 +183,10 @@ class Engine:
         return (
             sampler.distilled_schedule(clip.steps) if self.is_distilled else sampler.base_schedule(clip.steps)
         )
+
+    def weights_sha256(self) -> dict[str, str]:
+        """SHA-256 of every weight file, by its key in `files`; a folder counts as its files in order of name."""
+        return self._hashes.result()
 
     @property
     def is_distilled(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +45,19 @@ def _bytes(path: Path) -> int:
         if path.is_file()
         else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     )
+
+
+def hashes(files: Mapping[str, Mapping[str, str | int]]) -> dict[str, str]:
+    """SHA-256 of each of the files of a `Located.record`; of a folder, over its files in order of name."""
+    digests = {}
+    for name, file in files.items():
+        path, digest = Path(str(file["path"])), hashlib.sha256()
+        for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            with open(part, "rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+        digests[name] = digest.hexdigest()
+    return digests
 
 
 def locate(checkpoint: str | Path | Mapping[str, str | Path] | None, model: str | None) -> Located:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import controls
+from . import controls, dispatch
 from .clip_plan import BatchPlan, ClipPlan
 from .engine import Engine, Part, Progress, Step
 from .formats import CosmosFastError, EnvironmentProblem
@@ -149,8 +149,6 @@ def make_clip(
 ) -> dict[str, Any]:
     """Make one clip and put it in its place; returns its sidecar."""
     outputs.remove_parts()
-    engine.stages.seconds.clear()
-    engine.stages.peak_bytes.clear()
 
     def on_step(step: Step) -> None:
         stop.check()
@@ -172,7 +170,7 @@ def make_clip(
     return outputs.finish(
         build_sidecar(
             name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
-            plan=engine.plan, model=engine.model, checkpoint=engine.files, seeds=seeds,
+            plan=engine.plan, model=engine.model, checkpoint=engine.files, weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds,
             chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),

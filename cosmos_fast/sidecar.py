@@ -28,7 +28,9 @@ SIDECAR_KEYS: dict[str, str] = {
     "recipe": "precision policy",
     "plan": "device and windows",
     "model": "network kind (edge, vis, depth, seg, multi, edge/distilled)",
-    "checkpoint": "id and hash of the weights; resume compares it",
+    "checkpoint": "path and size of every weight file; resume compares it",
+    "weights_sha256": "hash of every weight file",
+    "kernels": "implementations that ran, by op",
     "versions": "cosmos_fast, python, torch, ... as in run.json",
     "seeds": "noise seed of each chunk",
     "chunks": "source frames, dropped and kept frames of each chunk",
@@ -70,7 +72,8 @@ def environment(gpu: Mapping[str, Any] | None = None) -> dict[str, Any]:
 def build_sidecar(
     *, name: str, spec: Mapping[str, Any], spec_hash: str, recipe: Any, plan: Any, model: str,
     checkpoint: Any, seeds: Sequence[int], chunks: Sequence[Any], stages: Mapping[str, Mapping[str, Any]],
-    output: Mapping[str, Any], checks: Mapping[str, Any], notes: Sequence[str] = (),
+    output: Mapping[str, Any], checks: Mapping[str, Any], weights_sha256: Mapping[str, str],
+    kernels: Mapping[str, Sequence[str]], notes: Sequence[str] = (),
     versions: Mapping[str, Any] | None = None, guardrail: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one finished clip, with exactly the keys of SIDECAR_KEYS; dataclasses become dicts.
@@ -83,7 +86,7 @@ def build_sidecar(
     none = {"requested": False, "run": False, "reason": "this version includes no guardrail"}
     record = {
         "name": name, "spec": spec, "spec_hash": spec_hash, "recipe": recipe, "plan": plan, "model": model,
-        "checkpoint": checkpoint, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
+        "checkpoint": checkpoint, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
         "stages": stages, "output": output, "files": {}, "checks": checks, "notes": notes,
         "guardrail": guardrail or none,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -38,6 +38,11 @@ class Stages:
                 self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def reset(self) -> None:
+        """Forget what was measured: the next clip starts from zero."""
+        self.seconds.clear()
+        self.peak_bytes.clear()
+
     def record(self) -> dict[str, dict[str, float | int | None]]:
         """{stage: {"seconds", "peak_bytes"}} in the order stages first ran."""
         return {

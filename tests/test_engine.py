@@ -118,6 +118,19 @@ def test_only_the_known_frames_link_chunks(edge: Engine, clip: Path, tmp_path: P
     assert np.array_equal(free[0].frames, free[1].frames)
 
 
+def test_a_stream_leaves_the_callers_autograd_mode_alone(edge: Engine, clip: Path) -> None:
+    parts = edge.stream(request(clip, max_frames=9))
+    next(parts)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    parts.close()
+
+
+def test_each_clip_is_timed_from_zero(edge: Engine, clip: Path) -> None:
+    first = edge.generate(request(clip)).stages["denoise"]["seconds"]
+    edge.stages.seconds["denoise"] = 1000.0
+    assert edge.generate(request(clip)).stages["denoise"]["seconds"] < 1000.0 > first
+
+
 def test_steps_are_told_in_order(edge: Engine, clip: Path) -> None:
     told: list[Step] = []
     edge.generate(request(clip, "told", max_frames=9, num_steps=2), told.append)

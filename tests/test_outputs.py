@@ -29,7 +29,7 @@ def sidecar(name: str = "clip", spec_hash: str = "s1", frames: int = 5, **change
     fields: dict = {
         "name": name, "spec": {"name": name, "prompt": "a robot"}, "spec_hash": spec_hash,
         "recipe": Recipe.exact(), "plan": Plan(), "model": "edge", "seeds": [1], "chunks": [], "checks": {},
-        "checkpoint": {"id": "tiny", "sha256": "w1"},
+        "checkpoint": {"id": "tiny"}, "weights_sha256": {"edge": "w1"}, "kernels": {"gelu": ["reference"]},
         "stages": {"encode": {"seconds": 1.25, "peak_bytes": None}, "sample": {"seconds": 2.5}},
         "output": {"frames": frames, "width": 64, "height": 32, "fps": Fraction(30000, 1001)},
     }  # fmt: skip
@@ -348,14 +348,12 @@ def test_resume_decides_by_hashes(folder: OutputFolder) -> None:
     assert clip.redo_reason("s1") == "clip.json is missing or not a finished record"
     media = write_media(clip)
     made = clip.finish(sidecar())
-    good = {"recipe": Recipe.exact().to_dict(), "checkpoint": {"id": "tiny", "sha256": "w1"}}
+    good = {"recipe": Recipe.exact().to_dict(), "checkpoint": {"id": "tiny"}}
     assert clip.is_done("s1", **good)
     assert clip.redo_reason("s2", **good) == "spec changed since it was made"
     assert clip.redo_reason("s1", version="9.9") == "version changed since it was made"
     assert clip.redo_reason("s1", recipe=Recipe.fp32().to_dict()) == "recipe changed since it was made"
-    assert clip.redo_reason("s1", checkpoint={"id": "tiny", "sha256": "w2"}) == (
-        "checkpoint changed since it was made"
-    )
+    assert clip.redo_reason("s1", checkpoint={"id": "other"}) == ("checkpoint changed since it was made")
     media.write_bytes(b"edits")  # same size as before
     assert clip.redo_reason("s1") == "clip.mp4 is not the file that was written"
     media.unlink()
