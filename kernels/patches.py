@@ -5,7 +5,7 @@
 
 Shapes: z (C, T, H, W) of any strides, mask (T,), vectors (L, 4*(C+2)) or (L, 4*C), L = T * H/2 * W/2.
 Bytes at C 16, T 24, H 88, W 160: patchify bf16 23 MB, unpatchify fp32 43 MB; floors 0.008 and 0.015 ms at
-2.98 TB/s, the measured copy of one H100: launches, next to blocks of milliseconds. Writes are coalesced; reads of
+2.98 TB/s, the assumed copy of one H100: launches, next to blocks of milliseconds. Writes are coalesced; reads of
 neighbouring lanes share sectors that L1 keeps.
 """
 
@@ -16,7 +16,7 @@ import triton.language as tl
 from cosmos_fast.kernels.launch import Config, on_device_of
 from torch import Tensor
 
-# block: tokens, and columns. To be measured; neither matters to a clip.
+# block: tokens, and columns. Swept like adaln's.
 PATCHIFY, UNPATCHIFY = Config(32, 4), Config(128, 4)
 
 
