@@ -7,7 +7,7 @@ and impossible is an error, automatic and impossible is the next candidate plus 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -72,6 +72,7 @@ class Op:
     def _choose(
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[tuple[str, Callable[..., Any]], dict[str, str]]:
+        _check_names("COSMOS_FAST_OPS", _FORCED)  # at the first call of any op: a typo must not pass unseen
         forced, reasons = _FORCED.get(self.name), {}
         for candidate in self.candidates:
             if forced is not None and candidate.name != forced:
@@ -98,9 +99,16 @@ class Op:
 
 
 TABLE: dict[str, Op] = {}
-_FORCED: dict[str, str] = dict(
-    pair.strip().split("=", 1) for pair in os.environ.get("COSMOS_FAST_OPS", "").split(",") if "=" in pair
-)
+_FORCED: dict[str, str] = {
+    name.strip(): choice.strip()
+    for name, _, choice in (pair.partition("=") for pair in os.environ.get("COSMOS_FAST_OPS", "").split(","))
+    if name.strip()
+}
+
+
+def _check_names(where: str, names: Iterable[str]) -> None:
+    if unknown := sorted(set(names) - set(TABLE)):
+        raise EnvironmentProblem(f"{where}: no op named {', '.join(unknown)}. Known: {', '.join(TABLE)}.")
 
 
 def define(
@@ -144,9 +152,7 @@ def native(name: str, symbol: str, device: str, **needs: Any) -> Candidate:
 @contextmanager
 def use(**forced: str) -> Iterator[None]:
     """Force implementations by op name inside the block, e.g. `use(adaln="reference")`."""
-    unknown = set(forced) - set(TABLE)
-    if unknown:
-        raise EnvironmentProblem(f"ops: no op named {', '.join(sorted(unknown))}. Known: {', '.join(TABLE)}.")
+    _check_names("ops", forced)
     before = dict(_FORCED)
     _FORCED.update(forced)
     _forget()
@@ -166,11 +172,6 @@ def _forget() -> None:
 
 def explain(device: str | torch.device, dtype: torch.dtype) -> list[tuple[str, str, dict[str, str]]]:
     """For each op: its name, the implementation chosen for tensors like these, why each other lost."""
-    unknown = set(_FORCED) - set(TABLE)
-    if unknown:
-        raise EnvironmentProblem(
-            f"COSMOS_FAST_OPS: no op named {', '.join(sorted(unknown))}. Known: {', '.join(TABLE)}."
-        )
     rows = []
     for op in TABLE.values():
         takes_codes = any(candidate.dtypes == (torch.uint8,) for candidate in op.candidates)

@@ -29,7 +29,11 @@ class Located:
         """Path, size and time of change (ns) of every weight file: in the sidecar, and compared by resume."""
         files = self.files if isinstance(self.files, dict) else {self.model: self.files}
         return {
-            name: {"path": str(path), "bytes": _bytes(path), "mtime_ns": path.stat().st_mtime_ns}
+            name: {
+                "path": str(path),
+                "bytes": sum(p.stat().st_size for p in _parts(path)),
+                "mtime_ns": path.stat().st_mtime_ns,
+            }
             for name, path in (*files.items(), ("vae", vae))
         }
 
@@ -38,21 +42,23 @@ class Located:
         return self.files if isinstance(self.files, Path) else next(iter(self.files.values()))
 
 
-def _bytes(path: Path) -> int:
-    """Size of a file, or of all files of a folder."""
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    )
+def _parts(path: Path) -> list[Path]:
+    """A file itself, or all files of a folder in order of name."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def _around(path: Path) -> list[Path]:
+    """Where files that belong to a checkpoint may lie: its folder, and three above."""
+    home = path if path.is_dir() else path.parent
+    return [home, *list(home.parents)[:3]]
 
 
 def hashes(files: Mapping[str, Mapping[str, str | int]]) -> dict[str, str]:
     """SHA-256 of each of the files of a `Located.record`; of a folder, over its files in order of name."""
     digests = {}
     for name, file in files.items():
-        path, digest = Path(str(file["path"])), hashlib.sha256()
-        for part in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest = hashlib.sha256()
+        for part in _parts(Path(str(file["path"]))):
             with open(part, "rb") as stream:
                 while block := stream.read(1 << 22):
                     digest.update(block)
@@ -85,10 +91,10 @@ def locate(checkpoint: str | Path | Mapping[str, str | Path] | None, model: str 
         raise CheckpointError(
             f"model: must be one of {', '.join(MODELS)} for the checkpoint {str(checkpoint)!r}, got none."
         )
-    if published is None and Path(checkpoint).expanduser().is_dir():
-        if (few_steps := registry.find(model)) is not None and model == DISTILLED:
-            if (path := registry.find_local(Path(checkpoint).expanduser(), few_steps)) is not None:
-                return Located(model, path)
+    folder, few_steps = Path(checkpoint).expanduser(), registry.find(DISTILLED)
+    if published is None and model == DISTILLED and few_steps is not None and folder.is_dir():
+        if (path := registry.find_local(folder, few_steps)) is not None:
+            return Located(model, path)
     files = registry.resolve(checkpoint)
     return Located(model.removesuffix("/older"), files if isinstance(files, Path) else _pick(files, model))
 
@@ -109,8 +115,7 @@ def _pick(found: Mapping[str, Path], model: str | None) -> Path | dict[str, Path
 def locate_vae(vae: str | Path | None, beside: Located) -> Path:
     """The video VAE: the one named, else one beside the checkpoint or in a folder above it, else the published."""
     if vae is None:
-        home = beside.first if beside.first.is_dir() else beside.first.parent
-        for folder in (home, *list(home.parents)[:3]):
+        for folder in _around(beside.first):
             for name in _VAE_FILES:
                 if (folder / name).exists():
                     return folder / name
@@ -129,10 +134,7 @@ def beside(checkpoint: str | Path, name: str) -> Path | None:
     path = Path(checkpoint).expanduser()
     if not path.exists():
         return None
-    home = path if path.is_dir() else path.parent
-    return next(
-        (found for folder in (home, *list(home.parents)[:3]) if (found := folder / name).exists()), None
-    )
+    return next((found for folder in _around(path) if (found := folder / name).exists()), None)
 
 
 def model_card(checkpoint: str | Path | None) -> dict[str, Any]:

@@ -239,7 +239,7 @@ _conv3d = define(
     "conv3d(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     _check_conv3d,
     lambda x, weight, bias: torch.empty_like(x[:, :1, 2:].expand(-1, weight.shape[0], -1, -1, -1)),
-    # torch leaves short windows to a direct loop on the CPU; oneDNN is 3 to 5 times faster there.
+    # torch leaves short windows to a direct loop on the CPU, however slow; oneDNN takes any size.
     Candidate("onednn", lambda: convolution.onednn, "cpu", dtypes=(torch.float32, torch.bfloat16)),
 )
 _guided_unipc = define(

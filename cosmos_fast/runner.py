@@ -40,10 +40,6 @@ class Summary:
     elsewhere: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.failed else 0
-
 
 @dataclass(frozen=True)
 class Options:
@@ -76,6 +72,7 @@ def run_batch(
     for model in dict.fromkeys(clip.model for clip in batch.clips):
         waiting = [clip for clip in batch.clips if clip.model == model]
         engine: Engine | None = None
+        made_with = options.made_with(model) if options.resume else {}
         for clip in waiting:
             outputs = folder.clip(clip.spec.name)
             stop.check()
@@ -87,10 +84,7 @@ def run_batch(
                     continue
                 held.enter_context(claim)
                 # Asked with the claim held: another process may have finished the clip a moment ago.
-                if (
-                    options.resume
-                    and (reason := outputs.redo_reason(clip.spec.hash(), **options.made_with(model))) is None
-                ):
+                if options.resume and (reason := outputs.redo_reason(clip.spec.hash(), **made_with)) is None:
                     summary.skipped.append(clip.spec.name)
                     report(f"{clip.spec.name}: already done")
                     continue
@@ -125,7 +119,7 @@ def run_batch(
 def describe(error: BaseException) -> str:
     """One line for a person: what happened, for memory what to change, for the unexpected where."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory. Try --vae-window 4, or a lower resolution; `cosmos-fast plan` tells what fits."
+        return "out of GPU memory. Try a lower resolution; `cosmos-fast plan` tells what fits."
     text = str(error).strip() or type(error).__name__
     if isinstance(error, CosmosFastError):
         return text
@@ -170,8 +164,8 @@ def make_clip(
     return outputs.finish(
         build_sidecar(
             name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
-            plan=engine.plan, model=engine.model, checkpoint=engine.files, weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds,
-            chunks=clip.chunks, stages=engine.stages.record(),
+            plan=engine.plan, model=engine.model, checkpoint=engine.files,
+            weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),
             },

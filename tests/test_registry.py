@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -188,3 +191,14 @@ def test_a_forced_candidate_that_cannot_run_is_an_error() -> None:
 def test_inputs_are_the_same_on_every_call() -> None:
     first, second = small_args("adaln", torch.float32), small_args("adaln", torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("gellu=reference", "no op named gellu"), ("gelu", "must be one of"), ("gelu=turbo", "must be one of")],
+)
+def test_a_typo_in_the_environment_is_an_error_at_the_first_call(setting: str, message: str) -> None:
+    code = "import torch; from cosmos_fast import ops; ops.gelu(torch.zeros(2, 2))"
+    env = {**os.environ, "COSMOS_FAST_OPS": setting}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr
