@@ -22,14 +22,14 @@ LAYERS: dict[int, tuple[str, str]] = {
     0: (
         "recipe spec video controls chunking checkpoint registry outputs",
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
-        "video_probe video_write network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file",
+        "video_probe video_write disk_cache network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file",
     ),
     1: ("attention convolution kernels", "reference _native"),
     2: ("ops", "dispatch"),
     3: ("quant parallel", ""),
-    4: ("network vae text", "context"),
+    4: ("network vae text depth segmentation", "context clip_maker"),
     5: ("sampler cache graphs", ""),
-    6: ("engine", "planning clip_plan inputs costs models"),
+    6: ("engine", "planning clip_plan inputs costs models makers"),
     7: ("cli", "runner report progress"),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
