@@ -46,6 +46,10 @@ class MakerOptions:
     """Which models make controls. Each is a published id, a local file or folder, or None for the default."""
 
     depth_model: str | os.PathLike[str] | None = None
+    detector_model: str | os.PathLike[str] | None = None
+    tracker_model: str | os.PathLike[str] | None = None
+    detect_every: int | None = None
+    """Frames between two searches for new objects; None searches the first frame alone, as published."""
 
 
 class ClipMaker(Protocol):

@@ -82,6 +82,45 @@ PUBLISHED: Final[tuple[Published, ...]] = (
 MULTI: Final = "multi"
 """Id of the multi-control network, which is assembled from the four single-control files."""
 
+
+@dataclass(frozen=True)
+class PublishedFolder:
+    """A model of the transformers layout: `files` of one `repo` at one `revision`, all in the same folder."""
+
+    name: str
+    repo: str
+    revision: str
+    files: tuple[str, ...]
+    note: str = ""
+
+
+_WEIGHTS: Final = ("config.json", "model.safetensors")
+_WITH_WORDS: Final = (*_WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+FOLDERS: Final[tuple[PublishedFolder, ...]] = (
+    PublishedFolder(
+        "grounding-dino-base",
+        "IDEA-Research/grounding-dino-base",
+        "12bdfa3120f3e7ec7b434d90674b3396eccf88eb",
+        _WITH_WORDS,
+        "finds objects by words",
+    ),
+    PublishedFolder(
+        "sam2.1-hiera-large",
+        "facebook/sam2.1-hiera-large",
+        "665f8e2ad61cf5f53d65644ff27c8ee525124610",
+        _WEIGHTS,
+        "follows objects through a clip",
+    ),
+    PublishedFolder(
+        "sam2-hiera-large",
+        "facebook/sam2-hiera-large",
+        "main",
+        _WEIGHTS,
+        "the older tracker, which the published system runs; not pinned there either",
+    ),
+)
+
 _BY_ID: Final = {key: item for item in PUBLISHED for key in (item.name, item.uuid)} | {
     "blur": next(item for item in PUBLISHED if item.name == "vis")
 }
@@ -154,6 +193,39 @@ def find_local(root: str | Path, published: Published) -> Path | None:
             f"{folder}: expected one weight file, got {len(files)} ({names}). Name the file."
         )
     return files[0] if files else None
+
+
+def find_folder(name: str | Path) -> PublishedFolder | None:
+    """The published folder of an id such as 'grounding-dino-base', None when it is not one."""
+    return next((folder for folder in FOLDERS if folder.name == str(name)), None)
+
+
+def resolve_folder(
+    name_or_path: str | Path,
+    needed: tuple[str, ...],
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Folder on this disk with a model of the transformers layout, its files downloaded when it is a published id.
+
+    A local folder must hold the files `needed`. Raises CheckpointError and EnvironmentProblem as `resolve` does.
+    """
+    if published := find_folder(name_or_path):
+        paths = [
+            _download(published.repo, published.revision, file, cache_dir, token, progress)
+            for file in published.files
+        ]
+        return paths[0].parent
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        ids = ", ".join(folder.name for folder in FOLDERS)
+        raise CheckpointError(
+            f"model: must be an existing folder or one of {ids}, got {str(name_or_path)!r}. Check the path."
+        )
+    if missing := [file for file in needed if not (path / file).is_file()]:
+        raise CheckpointError(f"{path}: must hold {', '.join(needed)}, got no {', '.join(missing)}.")
+    return path
 
 
 def _get(
