@@ -22,12 +22,12 @@ LAYERS: dict[int, tuple[str, str]] = {
     0: (
         "recipe spec video controls chunking checkpoint registry outputs",
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
-        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file",
+        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file lowbit embedded",
     ),
     1: ("attention convolution kernels", "reference _native"),
     2: ("ops", "dispatch"),
     3: ("quant parallel", ""),
-    4: ("network vae text depth segmentation", "context clip_maker"),
+    4: ("network vae text depth segmentation tiny_style", "context clip_maker"),
     5: ("sampler cache graphs", ""),
     6: ("engine", "planning clip_plan inputs costs models makers"),
     7: ("cli", "runner report progress"),
