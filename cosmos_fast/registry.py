@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from cosmos_fast.formats import CONTROLS, CheckpointError, EnvironmentProblem
 
@@ -85,7 +85,7 @@ MULTI: Final = "multi"
 
 @dataclass(frozen=True)
 class PublishedFolder:
-    """A model of the transformers layout: `files` of one `repo` at one `revision`, all in the same folder."""
+    """A model that is more than one file: `files` (or patterns of them) of one `repo` at one `revision`."""
 
     name: str
     repo: str
@@ -95,6 +95,7 @@ class PublishedFolder:
 
 
 _WEIGHTS: Final = ("config.json", "model.safetensors")
+_ANY: Final = ("*.json", "*.safetensors")
 _WITH_WORDS: Final = (*_WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 FOLDERS: Final[tuple[PublishedFolder, ...]] = (
@@ -118,6 +119,24 @@ FOLDERS: Final[tuple[PublishedFolder, ...]] = (
         "main",
         _WEIGHTS,
         "the older tracker, which the published system runs; not pinned there either",
+    ),
+    PublishedFolder("style", "google/siglip2-so400m-patch16-naflex", "main", _ANY, "style images"),
+    PublishedFolder(
+        "guardrail",
+        "nvidia/Cosmos-Guardrail1",
+        "d6d4bfa899a71454a700907664f3e88f503950cf",
+        (
+            "blocklist/*",
+            "video_content_safety_filter/safety_filter.pt",
+            "face_blur_filter/Resnet50_Final.pth",
+        ),
+        "word lists, frame classifier, face detector; gated",
+    ),
+    PublishedFolder(
+        "guardrail-prompts", "Qwen/Qwen3Guard-Gen-0.6B", "main", (*_ANY, "*.txt", "*.jinja"), "judges prompts"
+    ),
+    PublishedFolder(
+        "guardrail-frames", "google/siglip-so400m-patch14-384", "main", _ANY, "sees frames for the classifier"
     ),
 )
 
@@ -212,6 +231,8 @@ def resolve_folder(
     A local folder must hold the files `needed`. Raises CheckpointError and EnvironmentProblem as `resolve` does.
     """
     if published := find_folder(name_or_path):
+        if any("*" in file for file in published.files):
+            return _snapshot(published, cache_dir, token, progress)
         paths = [
             _download(published.repo, published.revision, file, cache_dir, token, progress)
             for file in published.files
@@ -254,6 +275,21 @@ def _parse_uri(uri: str) -> tuple[str, str, str]:
 def _download(
     repo: str, revision: str, file: str, cache_dir: str | Path | None, token: str | None, progress: bool
 ) -> Path:
+    with _hub(repo, file, revision, progress) as hub:
+        # The hub client resumes partial files, waits for a rival download and honours HF_HUB_OFFLINE.
+        return Path(hub.hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir, token=token))
+
+
+def _snapshot(item: PublishedFolder, cache_dir: str | Path | None, token: str | None, progress: bool) -> Path:
+    """The last part of the path is the commit."""
+    options = {"revision": item.revision, "allow_patterns": list(item.files)}
+    with _hub(item.repo, "files", item.revision, progress) as hub:
+        return Path(hub.snapshot_download(item.repo, **options, cache_dir=cache_dir, token=token))
+
+
+@contextmanager
+def _hub(repo: str, file: str, revision: str, progress: bool) -> Iterator[Any]:
+    """The hub client; whatever goes wrong inside becomes one EnvironmentProblem with the one thing to do."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -267,11 +303,8 @@ def _download(
     page = f"https://huggingface.co/{repo}"
     try:
         with _progress(progress):
-            # The hub client resumes partial files, waits for a rival download and honours HF_HUB_OFFLINE.
-            path = huggingface_hub.hf_hub_download(
-                repo, file, revision=revision, cache_dir=cache_dir, token=token
-            )
-        return Path(path)
+            yield huggingface_hub
+        return
     except errors.GatedRepoError as error:
         if _status(error) == 401:
             problem = "needs a Hugging Face token, got none. Run: hf auth login"
