@@ -1,0 +1,185 @@
+"""Training of the embedded model: the training forwards are the production ones, every stage learns and resumes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "train"))
+
+import clips as train_clips  # noqa: E402
+import train  # noqa: E402
+from base_stage import build  # noqa: E402
+from forward import Forward, Hint, branch_from_base, initialise, make_network  # noqa: E402
+from optimise import Optimiser, orthogonalised  # noqa: E402
+from sizes import Sizes  # noqa: E402
+from vae_forward import Passes, publish_, standardise_  # noqa: E402
+
+from cosmos_fast import controls, ops, sampler  # noqa: E402
+from cosmos_fast.network import ControlBranch, Network, Single  # noqa: E402
+from cosmos_fast.vae import VAE  # noqa: E402
+from cosmos_fast.vae_keys import VAEConfig  # noqa: E402
+
+GRID = (2, 4, 6)
+TOY = Sizes.toy()
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+
+
+def moving_shapes(folder: Path, count: int, frames: int = 5, size: tuple[int, int] = (64, 48)) -> Path:
+    """Clips of one coloured square that moves over a gradient, as tools/data writes them."""
+    W, H = size
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rgb = np.empty((count, frames, H, W, 3), np.uint8)
+    depth, labels = np.empty(rgb.shape[:-1], np.uint8), np.zeros(rgb.shape[:-1], np.uint8)
+    lines = []
+    for n in range(count):
+        name = list(COLOURS)[rng.integers(len(COLOURS))]
+        y, x, speed = rng.integers(4, H - 28), rng.integers(4, W - 36), rng.integers(-2, 3)
+        rgb[n] = (np.linspace(40, 200, W)[None, :, None] * rng.uniform(0.4, 1, 3)).astype(np.uint8)
+        depth[n] = np.linspace(0, 120, H).astype(np.uint8)[None, :, None]
+        for f in range(frames):
+            left = max(0, int(x + speed * f))
+            for array, value in ((rgb, COLOURS[name]), (depth, 230), (labels, 1)):
+                array[n, f, y : y + 20, left : left + 24] = value
+        lines.append({"caption": f"A {name} square moves.", "background": [0]})
+    np.savez(folder / "000.npz", rgb=rgb, depth=depth, labels=labels)
+    (folder / "000.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return folder
+
+
+def randomised(module: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(scale * torch.randn(weight.shape, generator=generator) * weight[0].numel() ** -0.5)
+    return module
+
+
+# ------------------------------------------------------------------------------- the same functions
+
+
+@pytest.mark.parametrize("kind", ["single", "multi", "distilled"])
+def test_training_forward_is_the_production_network(kind: str) -> None:
+    network = make_network(TOY.network(kind), "cpu")
+    randomised(initialise(network, torch.Generator().manual_seed(1)))
+    network.requires_grad_(False)
+    config, generator = network.config, torch.Generator().manual_seed(2)
+    z = torch.randn(2, 16, *GRID, generator=generator)
+    text = torch.randn(2, config.text_tokens, config.text_width, generator=generator)
+    images = torch.randn(2, config.image_tokens, config.image_width or 1, generator=generator)
+    has_image = kind == "single"
+    control = torch.randn(config.branches, 2, 16, *GRID, generator=generator)
+    weights = [0.25, 1.0, 0.5, 0.75][: config.branches]
+    mask = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    if kind == "distilled":
+        schedule = sampler.distilled_schedule(4)
+        times = torch.cat([sampler.distilled_times(schedule, 2, n)[2:3] for n in (0, 1)])
+    else:
+        times = torch.tensor([[937], [12]])
+    hints = [
+        Hint(branch, slice(0, 2), control[j], torch.full((2,), weights[j]))
+        for j, branch in enumerate(network.control)
+    ]
+    got = Forward(network)(z, times, text, mask, images if has_image else None, hints)
+    for b in range(2):
+        prompt = network.read_prompt(text[b], images[b] if has_image else None)
+        held = network.read_controls(list(control[:, b]), weights, GRID, mask[b])
+        (ctx,) = network.prepare([prompt], held, network.tabulate(times[b : b + 1]), GRID, mask[b])
+        torch.testing.assert_close(got[b], network(z[b], 0, ctx), atol=2e-4, rtol=1e-4)
+    assert float(got.std()) > 0.1
+
+
+def test_without_a_style_image_the_image_path_adds_nothing() -> None:
+    network = make_network(TOY.network("single"), "cpu")
+    randomised(initialise(network, torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        network.image_proj.bias.zero_()
+    z, text = torch.randn(1, 16, *GRID), torch.randn(1, 8, 16)
+    times, mask = torch.tensor([[500]]), torch.zeros(1, 2)
+    zeros = torch.zeros(1, TOY.image_tokens, TOY.image_width)
+    forward = Forward(network)
+    torch.testing.assert_close(forward(z, times, text, mask, zeros), forward(z, times, text, mask))
+
+
+def test_fresh_branches_add_nothing_and_learn() -> None:
+    network, text = build_toy()
+    branch = ControlBranch(network.config, ops.attention)
+    branch_from_base(branch, network)
+    z, times, mask = torch.randn(1, 16, *GRID), torch.tensor([[500]]), torch.zeros(1, 2)
+    hint = Hint(branch, slice(0, 1), torch.randn(1, 16, *GRID), torch.ones(1))
+    forward = Forward(network)
+    embedded = torch.randn(1, 8, 16)
+    v = forward(z, times, embedded, mask, None, [hint])
+    torch.testing.assert_close(v, forward(z, times, embedded, mask))
+    v.square().sum().backward()
+    assert float(branch.after_proj[0].weight.grad.abs().sum()) > 0
+
+
+def build_toy() -> tuple[Network, torch.nn.Module]:
+    run = train.Run(Path("unused"), Path("unused"), TOY, device="cpu", is_compiled=False)
+    network, text = build(run)
+    return randomised(network), text  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_training_pass_of_the_vae_is_the_production_one(frames: int) -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(base=4))
+    x = torch.rand(2, 3, frames, 32, 24) * 2 - 1
+    mean, log_variance = Passes(vae).encode(x)
+    y = Passes(vae).decode(mean)
+    assert log_variance.shape == mean.shape
+    publish_(vae)
+    z = vae.encode(x, window=4)
+    torch.testing.assert_close(z, mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vae.decode(z, window=1), y, atol=1e-4, rtol=1e-3)
+
+
+def test_latents_are_standardised_and_the_picture_stays() -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(base=4))
+    passes, x = Passes(vae), torch.rand(2, 3, 5, 32, 24) * 2 - 1
+    raw = passes.encode(x)[0]
+    y = passes.decode(raw)
+    flat = raw.transpose(0, 1).flatten(1)
+    standardise_(vae, flat.mean(1), flat.std(1))
+    z = passes.encode(x)[0]
+    flat = z.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(flat.std(1), torch.ones(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(passes.decode(z), y, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["medium", "low"])
+def test_blur_on_the_device_is_the_control(preset: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (1, 80, 96, 3), dtype=np.uint8)
+    frames[:, 20:60, 30:70] = (200, 40, 90)
+    own = train_clips.blurred(torch.from_numpy(frames), preset).numpy().astype(int)
+    reference = controls.vis(frames, preset).astype(int)
+    assert np.abs(own - reference).max() <= 2
+    assert np.ptp(reference) > 20
+
+
+# -------------------------------------------------------------------------------------- the optimiser
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    g = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
+    for x in (g, g.mT):
+        values = torch.linalg.svdvals(orthogonalised(x))
+        assert 0.6 < float(values.min()) and float(values.max()) < 1.3
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_finite() -> None:
+    weight, bias = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.zeros(4))
+    optimiser = Optimiser([("a.weight", weight), ("a.bias", bias)], 0.01, 0.01)
+    weight.grad, bias.grad = torch.full((4, 4), float("nan")), torch.ones(4)
+    optimiser.step(1.0)
+    assert bool(weight.isfinite().all()) and bool(bias.isfinite().all())
