@@ -136,11 +136,12 @@ def triton(
     module: str,
     function: str,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
+    capability: tuple[tuple[int, int], tuple[int, int]] = ((8, 0), (99, 0)),
 ) -> Candidate:
     def load() -> Callable[..., Any]:
         return getattr(import_module(f"cosmos_fast.kernels.{module}"), function)
 
-    return Candidate("triton", load, "cuda", ((8, 0), (99, 0)), dtypes, ("triton",))
+    return Candidate("triton", load, "cuda", capability, dtypes, ("triton",))
 
 
 def native(name: str, symbol: str, device: str, **needs: Any) -> Candidate:

@@ -153,8 +153,7 @@ class Block(nn.Module):
         pending = Pending(self.cross(h, keys), gate)
         shift, scale, gate = mod.at(step, 2)
         x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
-        h = self.fc1(h)  # one name for what is live: the hidden layer is the largest tensor of a call
-        h = ops.gelu(h)
+        h = ops.linear_gelu(h, self.fc1.weight)  # one name: the hidden layer is the largest tensor of a call
         return x, Pending(self.fc2(h), gate)
 
 

@@ -106,6 +106,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.float()).to(x.dtype)
 
 
+def linear_gelu(x: Tensor, w: Tensor) -> Tensor:
+    """gelu(x @ w^T), the product rounded first, as the published network does it in two modules."""
+    return gelu(F.linear(x.float(), w.float()).to(x.dtype))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for each head, no mask: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
     keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)

@@ -1,0 +1,231 @@
+"""The inputs of every op at the shapes that matter, for tests and benchmarks.
+
+Letters: L tokens, D width, M MLP width, R modulation rows, J hints, N heads, K head width, S keys, C T H W latent axes,
+F video frames. Groups: `production` shapes need a GPU; `small` ones run anywhere, also in Triton's interpreter;
+`odd` ones break wrong assumptions; `empty` ones have no element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import EPS
+from .schedule import base_schedule, unipc_coefficients
+
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: sizes for the op's maker, and why the row is there."""
+
+    name: str
+    group: str
+    why: str
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Draws reproducible inputs on one device; floating-point ones in `dtype` unless told otherwise."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype)
+
+    def codes(self, *shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
+
+
+def _tables(r: Random, count: int, R: int, D: int) -> tuple[Tensor, ...]:
+    # Rows of one bigger table, as the network passes them: the row stride is D, the start is not the storage's.
+    return tuple(r.normal(count, R, D).unbind(0))
+
+
+def _per_frame(L: int, R: int, offset: int) -> int:
+    return max(-(-(offset + L) // R), 1)
+
+
+def _adaln(r: Random, L: int, D: int, R: int = 1, offset: int = 0, fp32_out: int = 0) -> Args:
+    shift, scale = _tables(r, 2, R, D)
+    out = torch.float32 if fp32_out else r.dtype
+    return r.normal(L, D), shift, scale, _per_frame(L, R, offset), offset, EPS, out
+
+
+def _residual(r: Random, L: int, D: int, R: int = 1, offset: int = 0, J: int = 0, maps: int = 0) -> Args:
+    (gate,) = _tables(r, 1, R, D)
+    weights = r.normal(J, L if maps else 1, dtype=torch.float32) if J else None
+    hints = [r.normal(L, D) for _ in range(J)]
+    return r.normal(L, D), r.normal(L, D), gate, hints, weights, _per_frame(L, R, offset), offset
+
+
+def _residual_adaln(
+    r: Random, L: int, D: int, R: int = 1, offset: int = 0, fp32_out: int = 0, **hints: int
+) -> Args:
+    x, branch, gate, held, weights, *rows = _residual(r, L, D, R, offset, **hints)
+    shift, scale = _tables(r, 2, R, D)
+    return x, branch, gate, held, weights, shift, scale, *rows, EPS, torch.float32 if fp32_out else r.dtype
+
+
+def _head_norm(r: Random, L: int, N: int, K: int, packed: int = 1) -> Args:
+    x = r.normal(L, packed * N * K)
+    return x[:, (packed - 1) * N * K :], r.normal(K), EPS
+
+
+def _qk_norm_rope(r: Random, L: int, N: int, K: int) -> Args:
+    angles = r.normal(L, K // 2, dtype=torch.float32) * 3
+    return r.normal(L, 3 * N * K), r.normal(K), r.normal(K), angles.cos(), angles.sin(), EPS
+
+
+def _patchify(r: Random, C: int, T: int, H: int, W: int, view: int = 0) -> Args:
+    z = r.normal(T, C, H, W).transpose(0, 1) if view else r.normal(C, T, H, W)
+    return z, (torch.arange(T, device=r.device) < 1).to(r.dtype)
+
+
+def _unpatchify(r: Random, C: int, T: int, H: int, W: int) -> Args:
+    return r.normal(T * (H // 2) * (W // 2), 4 * C), T, H, W
+
+
+def _guided_unipc(r: Random, T: int, H: int, W: int, step: int = 5, alone: int = 0) -> Args:
+    shape = (1, 16, T, H, W)
+    x, m1, m2, last = (r.normal(*shape, dtype=torch.float32) for _ in range(4))
+    uncond = None if alone else r.normal(*shape)
+    coefficients = list(unipc_coefficients(base_schedule(35))[step])
+    return x, r.normal(*shape), uncond, m1, m2, last, 3.0, coefficients
+
+
+def _conv3d(r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1) -> Args:  # noqa: E741
+    return r.normal(B, C, F + 2, H, W), r.normal(O, C, 3, 3, 3) * (27 * C) ** -0.5, r.normal(O)
+
+
+MAKERS: dict[str, Callable[..., Args]] = {
+    "adaln": _adaln, "residual": _residual, "residual_adaln": _residual_adaln, "head_norm": _head_norm,
+    "qk_norm_rope": _qk_norm_rope, "patchify": _patchify, "unpatchify": _unpatchify,
+    "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
+    "linear_gelu": lambda r, L, D, M: (r.normal(L, D), r.normal(M, D) * (2 * D**-0.5)),
+    "attention": lambda r, L, S, N, K: (r.normal(L, N, K), r.normal(S, N, K), r.normal(S, N, K)),
+    "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
+    "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
+}  # fmt: skip
+
+# --- the cases -------------------------------------------------------------------------------------
+
+_720P, _480P, _SLICE = 24 * 44 * 80, 24 * 30 * 52, 3 * 44 * 80
+
+
+def _token_cases(
+    production: dict[str, int], small: dict[str, int], odd: Sequence[Case] = ()
+) -> tuple[Case, ...]:
+    return (
+        Case("720p", "production", "93 frames of 1280x704", {"L": _720P, **production}),
+        Case("480p", "production", "93 frames of 832x480", {"L": _480P, **production}),
+        Case("slice", "production", "one of eight context ranks at 720p", {"L": _SLICE, **production}),
+        Case("small", "small", "a few whole tokens", {"L": 24, **small}),
+        Case("one token", "odd", "L = 1", {"L": 1, **small}),
+        Case("empty", "empty", "a rank without tokens", {"L": 0, **small}),
+        *odd,
+    )
+
+
+def _row_cases(hints: bool) -> tuple[Case, ...]:
+    wide, rows = {"D": 2048}, [
+        Case("720p frames", "production", "per-frame times of the distilled model", {"L": _720P, "D": 2048, "R": 24}),
+        Case("later rank", "production", "token_offset of a rank in the middle", {"L": _SLICE, "D": 2048, "R": 8, "offset": 3 * _SLICE}),
+        Case("frames", "small", "rows change inside", {"L": 24, "D": 128, "R": 4}),
+        Case("width 96", "odd", "D is no power of two", {"L": 7, "D": 96, "R": 3}),
+        Case("width 2304", "odd", "D is no power of two and wide", {"L": 5, "D": 2304}),
+        Case("offset", "odd", "starts inside a frame", {"L": 10, "D": 64, "R": 5, "offset": 9}),
+        Case("one frame", "odd", "an image", {"L": 6, "D": 64, "R": 1}),
+    ]  # fmt: skip
+    if hints:
+        rows += [
+            Case("720p 1 hint", "production", "single control", {"L": _720P, "D": 2048, "J": 1}),
+            Case("720p 4 hints", "production", "all controls with spatial weights", {"L": _720P, "D": 2048, "J": 4, "maps": 1}),
+            *(Case(f"{j} hints", "small", "each count is its own kernel", {"L": 9, "D": 128, "J": j}) for j in (1, 2, 3, 4)),
+            Case("maps", "odd", "weights per token", {"L": 9, "D": 96, "R": 3, "J": 4, "maps": 1}),
+        ]  # fmt: skip
+    return _token_cases(wide, {"D": 128}, rows)
+
+
+_OUT32 = Case("head", "small", "the head normalises into fp32", {"L": 6, "D": 128, "fp32_out": 1})
+_HEAD = Case("720p head", "production", "as the head does", {"L": _720P, "D": 2048, "fp32_out": 1})
+_HEADS, _TINY = {"N": 16, "K": 128}, {"N": 2, "K": 64}
+_ODD_HEADS = Case("3 heads of 96", "odd", "nothing is a power of two", {"L": 5, "N": 3, "K": 96})
+_ONE_HEAD = Case("published head", "small", "the published heads", {"L": 3, **_HEADS})
+_LATENT = {"T": 24, "H": 88, "W": 160}
+_PICTURE = {"F": 93, "H": 704, "W": 1280}
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "adaln": (*_row_cases(hints=False), _OUT32),
+    "residual": _row_cases(hints=True),
+    "residual_adaln": (*_row_cases(hints=True), _OUT32, _HEAD),
+    "head_norm": _token_cases(_HEADS, _TINY, [
+        _ODD_HEADS, _ONE_HEAD,
+        Case("packed", "odd", "the last third of a packed projection: strided rows", {"L": 5, "N": 2, "K": 64, "packed": 3}),
+        Case("720p packed", "production", "strided rows", {"L": _720P, **_HEADS, "packed": 2}),
+    ]),
+    "qk_norm_rope": _token_cases(_HEADS, _TINY, [_ODD_HEADS, _ONE_HEAD]),
+    "gelu": _token_cases({"M": 8192}, {"M": 256}, [
+        Case("tail", "odd", "last block partly full", {"L": 37, "M": 129}),
+        Case("beyond 31 bits", "production", "more than 2**31 elements", {"L": 263_000, "M": 8192}),
+    ]),
+    "linear_gelu": _token_cases({"D": 2048, "M": 8192}, {"D": 64, "M": 256}, [
+        Case("tails", "odd", "every edge: rows, features and depth end inside a tile", {"L": 133, "D": 72, "M": 264}),
+        Case("narrow", "odd", "one step, 8 features", {"L": 3, "D": 8, "M": 8}),
+    ]),
+    "attention": _token_cases({"S": 512, **_HEADS}, {"S": 9, **_TINY}, [
+        Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
+        Case("self", "production", "self-attention of one rank", {"L": _SLICE, "S": _SLICE, **_HEADS}),
+    ]),
+    "patchify": (
+        Case("720p", "production", "93 frames of 1280x704", {"C": 16, **_LATENT}),
+        Case("small", "small", "two frames", {"C": 4, "T": 2, "H": 6, "W": 8}),
+        Case("view", "odd", "a transposed latent", {"C": 3, "T": 3, "H": 4, "W": 10, "view": 1}),
+        Case("one frame", "odd", "an image of one token", {"C": 1, "T": 1, "H": 2, "W": 2}),
+        Case("empty", "empty", "no frame", {"C": 4, "T": 0, "H": 4, "W": 4}),
+    ),
+    "unpatchify": (
+        Case("720p", "production", "93 frames of 1280x704", {"C": 16, **_LATENT}),
+        Case("small", "small", "two frames", {"C": 4, "T": 2, "H": 6, "W": 8}),
+        Case("odd", "odd", "channels no power of two, last block partly full", {"C": 3, "T": 3, "H": 4, "W": 10}),
+        Case("one token", "odd", "an image of one token", {"C": 1, "T": 1, "H": 2, "W": 2}),
+        Case("empty", "empty", "no frame", {"C": 4, "T": 0, "H": 4, "W": 4}),
+    ),
+    "conv3d": (
+        Case("720p", "production", "four frames of the widest stage", {"C": 96, "O": 96, "F": 4, "H": 704, "W": 1280}),
+        Case("small", "small", "a short window", {"C": 16, "O": 8, "F": 2, "H": 6, "W": 10}),
+        Case("one frame", "odd", "frame 0 alone, one pixel", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1}),
+        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
+    ),
+    "guided_unipc": (
+        Case("720p", "production", "93 frames of 1280x704, guidance", _LATENT),
+        Case("first", "small", "nothing to correct", {"T": 1, "H": 6, "W": 7, "step": 0}),
+        Case("second", "small", "corrector of order 1", {"T": 1, "H": 6, "W": 7, "step": 1}),
+        Case("middle", "small", "all terms", {"T": 2, "H": 6, "W": 10}),
+        Case("last", "odd", "the result is m; last block partly full", {"T": 3, "H": 9, "W": 11, "step": 34}),
+        Case("alone", "odd", "no guidance", {"T": 1, "H": 6, "W": 7, "alone": 1}),
+        Case("empty", "empty", "no frame", {"T": 0, "H": 4, "W": 4}),
+    ),
+    "pixels": (
+        Case("720p", "production", "93 frames", _PICTURE),
+        Case("720p last", "production", "as the channels-last decoder leaves them", {**_PICTURE, "last": 1}),
+        Case("small", "small", "channels first", {"F": 2, "H": 6, "W": 10}),
+        Case("last", "odd", "channels last, last block partly full", {"F": 3, "H": 9, "W": 23, "last": 1}),
+        Case("one pixel", "odd", "F = H = W = 1", {"F": 1, "H": 1, "W": 1}),
+        Case("empty", "empty", "no frame", {"F": 0, "H": 4, "W": 4}),
+    ),
+    "normalized": (
+        Case("720p", "production", "93 frames", _PICTURE),
+        Case("small", "small", "all codes", {"F": 2, "H": 16, "W": 16}),
+        Case("tail", "odd", "last block partly full", {"F": 1, "H": 7, "W": 11}),
+        Case("empty", "empty", "no frame", {"F": 0, "H": 4, "W": 4}),
+    ),
+}  # fmt: skip

@@ -1,0 +1,154 @@
+"""What every op accepts: one validator per op, run before any implementation and while tracing.
+
+A rule holds for all implementations of an op; what one of them needs beyond it is that one's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _check(condition: bool, op: str, rule: str, got: object) -> None:
+    torch._check(condition, lambda: f"{op}: {rule}, got {got}.")
+
+
+def _check_rows(op: str, x: Tensor, rows: Sequence[Tensor], tokens_per_frame: int, token_offset: int) -> None:
+    _check(x.dim() == 2, op, "x must be (L, D)", tuple(x.shape))
+    _check(x.is_contiguous(), op, "x must be contiguous", x.stride())
+    _check(
+        tokens_per_frame > 0 <= token_offset, op, "rows must be positive", (tokens_per_frame, token_offset)
+    )
+    needed = (token_offset + max(x.shape[0], 1) - 1) // tokens_per_frame + 1
+    for table in rows:
+        _check(
+            table.dim() == 2 and table.shape[1] == x.shape[1] and table.shape[0] >= needed and table.stride(1) == 1,
+            op, f"shift, scale and gate must be (T >= {needed}, {x.shape[1]}) with unit stride", tuple(table.shape),
+        )  # fmt: skip
+
+
+def _check_residual(
+    op: str, x: Tensor, branch: Tensor, hints: Sequence[Tensor], weights: Tensor | None
+) -> None:
+    for other in (branch, *hints):
+        _check(other.shape == x.shape and other.dtype == x.dtype and other.is_contiguous(), op,
+               f"branch and hints must be contiguous {tuple(x.shape)} {x.dtype}", (tuple(other.shape), other.dtype))  # fmt: skip
+    shape = tuple(weights.shape) if weights is not None else (0, 1)
+    _check(shape[0] == len(hints) and shape[1] in (1, x.shape[0]), op,
+           f"hint_weights must be ({len(hints)}, 1 or {x.shape[0]})", shape)  # fmt: skip
+    _check(weights is None or weights.dtype == torch.float32, op, "hint_weights must be float32", weights)
+
+
+def check_adaln(x, shift, scale, tokens_per_frame, token_offset, eps, out) -> None:  # type: ignore[no-untyped-def]
+    _check_rows("adaln", x, (shift, scale), tokens_per_frame, token_offset)
+
+
+def check_residual_only(x, branch, gate, hints, weights, tokens_per_frame, token_offset) -> None:  # type: ignore[no-untyped-def]
+    _check_rows("residual", x, (gate,), tokens_per_frame, token_offset)
+    _check_residual("residual", x, branch, hints, weights)
+
+
+def check_residual_adaln(  # type: ignore[no-untyped-def]
+    x, branch, gate, hints, weights, shift, scale, tokens_per_frame, token_offset, eps, out
+) -> None:
+    _check_rows("residual_adaln", x, (gate, shift, scale), tokens_per_frame, token_offset)
+    _check_residual("residual_adaln", x, branch, hints, weights)
+
+
+def check_head_norm(x: Tensor, gain: Tensor, eps: float) -> None:
+    _check(x.dim() == 2 and gain.dim() == 1 and x.shape[1] % gain.shape[0] == 0 and x.stride(1) == 1, "head_norm",
+           f"x must be (L, N*K) with K = {gain.numel()}", tuple(x.shape))  # fmt: skip
+
+
+def check_qk(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    K = q_gain.shape[0]
+    _check(qkv.dim() == 2 and qkv.is_contiguous() and qkv.shape[1] % (3 * K) == 0 and K % 2 == 0, "qk_norm_rope",
+           f"qkv must be contiguous (L, 3*N*K) with even K = {K}", tuple(qkv.shape))  # fmt: skip
+    for table in (cos, sin):
+        _check(table.shape == (qkv.shape[0], K // 2) and table.dtype == torch.float32, "qk_norm_rope",
+               f"cos and sin must be ({qkv.shape[0]}, {K // 2}) float32", (tuple(table.shape), table.dtype))  # fmt: skip
+
+
+def check_gelu(x: Tensor) -> None:
+    _check(x.is_contiguous(), "gelu", "x must be contiguous", x.stride())
+
+
+def check_linear_gelu(x: Tensor, w: Tensor) -> None:
+    fits = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype
+    _check(fits, "linear_gelu", "x must be (L, D) and w (M, D) of one dtype", [(tuple(t.shape), t.dtype) for t in (x, w)])  # fmt: skip
+    _check(x.is_contiguous() and w.is_contiguous(), "linear_gelu", "x and w must be contiguous", (x.stride(), w.stride()))  # fmt: skip
+    _check(
+        w.shape[0] % 8 == 0 == w.shape[1] % 8, "linear_gelu", "D and M must be multiples of 8", tuple(w.shape)
+    )
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = (
+        q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:] and q.dtype == k.dtype == v.dtype
+    )
+    _check(
+        fits,
+        "attention",
+        "q must be (L, N, K), k and v (S, N, K), of one dtype",
+        [tuple(t.shape) for t in (q, k, v)],
+    )
+    _check(k.shape[0] > 0, "attention", "there must be at least one key", k.shape[0])
+
+
+def check_patchify(z: Tensor, mask: Tensor) -> None:
+    fits = z.dim() == 4 and z.shape[2] % 2 == 0 and z.shape[3] % 2 == 0 and mask.shape == z.shape[1:2]
+    _check(
+        fits,
+        "patchify",
+        "z must be (C, T, even H, even W) and mask (T,)",
+        (tuple(z.shape), tuple(mask.shape)),
+    )
+
+
+def check_unpatchify(y: Tensor, T: int, H: int, W: int) -> None:
+    fits = (
+        y.dim() == 2 and y.shape[0] == T * (H // 2) * (W // 2) and y.shape[1] % 4 == 0 and H % 2 == W % 2 == 0
+    )
+    _check(fits, "unpatchify", f"y must be ({T}*{H}/2*{W}/2, 4*C)", tuple(y.shape))
+
+
+def check_guided_unipc(x, v_cond, v_uncond, m1, m2, last, guidance, coefficients) -> None:  # type: ignore[no-untyped-def]
+    for state in (x, m1, m2, last):
+        fits = state.shape == x.shape and state.dtype == torch.float32 and state.is_contiguous()
+        _check(fits, "guided_unipc", f"x, m1, m2 and last must be contiguous {tuple(x.shape)} float32",
+               (tuple(state.shape), state.dtype, state.stride()))  # fmt: skip
+    for v in (v_cond, v_uncond):
+        _check(v is None or (v.shape == x.shape and v.is_floating_point()), "guided_unipc",
+               f"velocities must be {tuple(x.shape)} of a floating-point dtype", None if v is None else (tuple(v.shape), v.dtype))  # fmt: skip
+    _check(len(coefficients) == 8, "guided_unipc", "there must be 8 coefficients", len(coefficients))
+
+
+def check_pixels(x: Tensor) -> None:
+    fits = x.dim() == 5 and x.shape[:2] == (1, 3) and x.is_floating_point()
+    _check(fits, "pixels", "x must be (1, 3, F, H, W) of a floating-point dtype", (tuple(x.shape), x.dtype))
+
+
+def check_normalized(frames: Tensor, out: torch.dtype) -> None:
+    fits = (
+        frames.dtype == torch.uint8 and frames.is_contiguous() and frames.dim() == 4 and frames.shape[3] == 3
+    )
+    _check(
+        fits,
+        "normalized",
+        "frames must be contiguous (F, H, W, 3) uint8",
+        (tuple(frames.shape), frames.dtype),
+    )
+    _check(out.is_floating_point, "normalized", "the output dtype must be a floating-point one", out)
+
+
+def check_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    fits = x.dim() == 5 and weight.shape[1:] == (x.shape[1], 3, 3, 3) and bias.shape == weight.shape[:1]
+    got = [tuple(t.shape) for t in (x, weight, bias)]
+    _check(
+        fits and x.shape[2] >= 3,
+        "conv3d",
+        "x must be (B, C, F+2, H, W), weight (O, C, 3, 3, 3), bias (O,)",
+        got,
+    )
