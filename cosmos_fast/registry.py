@@ -98,7 +98,16 @@ _WEIGHTS: Final = ("config.json", "model.safetensors")
 _ANY: Final = ("*.json", "*.safetensors")
 _WITH_WORDS: Final = (*_WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 
+REASON1: Final = PublishedFolder(
+    "reason1",
+    "nvidia/Cosmos-Reason1-7B",
+    "3210bec0495fdc7a8d3dbb8d58da5711eab4b423",
+    ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors*"),
+    "prompt encoder",
+)
+
 FOLDERS: Final[tuple[PublishedFolder, ...]] = (
+    REASON1,
     PublishedFolder(
         "grounding-dino-base",
         "IDEA-Research/grounding-dino-base",
@@ -215,8 +224,13 @@ def find_local(root: str | Path, published: Published) -> Path | None:
 
 
 def find_folder(name: str | Path) -> PublishedFolder | None:
-    """The published folder of an id such as 'grounding-dino-base', None when it is not one."""
-    return next((folder for folder in FOLDERS if folder.name == str(name)), None)
+    """The published folder of an id such as 'grounding-dino-base', or of its repository; None when it is neither."""
+    return next((folder for folder in FOLDERS if str(name) in (folder.name, folder.repo)), None)
+
+
+def fetch(published: PublishedFolder, file: str) -> Path:
+    """One file of a published folder on this disk, downloaded when needed. EnvironmentProblem when that fails."""
+    return _download(published.repo, published.revision, file, None, None, True)
 
 
 def resolve_folder(

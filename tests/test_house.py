@@ -25,16 +25,24 @@ LAYERS: dict[int, tuple[str, str]] = {
         "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file lowbit embedded",
     ),
     1: ("attention convolution kernels", "reference _native"),
-    2: ("ops", "dispatch"),
+    2: ("ops", "dispatch operands"),
     3: ("quant parallel", ""),
-    4: ("network vae text depth segmentation tiny_style", "context clip_maker"),
+    4: (
+        "network vae text reason1 text_cache depth segmentation tiny_style",
+        "context text_layers clip_maker",
+    ),
     5: ("sampler cache graphs", ""),
     6: ("engine", "planning clip_plan inputs costs models makers"),
     7: ("cli", "runner report progress"),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
 NOUNS = {name for nouns, _ in LAYERS.values() for name in nouns.split()}
-FREE = {"__init__", "__main__", "testing"}  # lazy front door, entry point, and the tables of tests and bench
+FREE = {
+    "__init__",
+    "__main__",
+    "testing",
+    "cases",
+}  # lazy front door, entry point, and the tables of tests and bench
 
 MAX_LINES, MAX_LINES_VAE = 400, 450
 
