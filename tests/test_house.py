@@ -29,7 +29,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     3: ("quant parallel", ""),
     4: (
         "network vae text reason1 text_cache depth segmentation tiny_style",
-        "context text_layers clip_maker",
+        "context text_layers clip_maker depth_network",
     ),
     5: ("sampler cache graphs", ""),
     6: ("engine", "planning clip_plan inputs costs models makers"),
