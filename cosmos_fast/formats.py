@@ -71,6 +71,10 @@ class ClipError(CosmosFastError):
     """One clip failed while running; the rest of the batch is not affected."""
 
 
+class Refused(ClipError):
+    """Guardrails blocked the prompt or the picture of one clip."""
+
+
 def latent_frames(frames: int) -> int:
     """Latent frames of `frames` video frames; `frames` must be 4k+1."""
     if frames < 1 or frames % TEMPORAL != 1:

@@ -22,14 +22,14 @@ LAYERS: dict[int, tuple[str, str]] = {
     0: (
         "recipe spec video controls chunking checkpoint registry outputs",
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
-        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file lowbit embedded",
+        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file lowbit embedded resample vision_tower",
     ),
     1: ("attention convolution kernels", "reference _native"),
     2: ("ops", "dispatch operands"),
     3: ("quant parallel", ""),
     4: (
-        "network vae text reason1 text_cache depth segmentation tiny_style",
-        "context text_layers clip_maker depth_network",
+        "network vae text reason1 text_cache depth segmentation tiny_style style guardrails",
+        "context text_layers clip_maker depth_network guardrails_text guardrails_frames guardrails_faces",
     ),
     5: ("sampler cache graphs", ""),
     6: ("engine", "planning clip_plan inputs costs models makers"),
