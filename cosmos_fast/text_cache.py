@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -75,35 +75,34 @@ class CachedText:
         """
         unique = list(dict.fromkeys(prompts))
         missing = [prompt for prompt in unique if self._read(prompt) is None]
+        for _ in self._made(missing, {self.key(prompt) for prompt in unique}, between):
+            pass
+
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """One (S, E) tensor per prompt, on the CPU; prompts that are not on disk are encoded first."""
+        found = {prompt: self._read(prompt) for prompt in prompts}
+        missing = [prompt for prompt, embedding in found.items() if embedding is None]
+        # Not read back: a process that shares the folder may have needed the room already.
+        made = dict(self._made(missing, {self.key(prompt) for prompt in prompts}, lambda: None))
+        return [made[prompt] if (held := found[prompt]) is None else held for prompt in prompts]
+
+    def _made(
+        self, missing: list[str], keep: set[str], between: Callable[[], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Encode and write `missing`, group by group, then free the encoder."""
         if not missing:
             return
         self._check_room(len(missing))
-        keep = {self.key(prompt) for prompt in unique}
         try:
             for start in range(0, len(missing), GROUP):
                 between()
                 group = missing[start : start + GROUP]
                 for prompt, embedding in zip(group, self.encoder.encode(group), strict=True):
+                    embedding = embedding.detach().cpu().contiguous()
                     self._write(prompt, embedding, keep)
+                    yield prompt, embedding
         finally:
             self.encoder.close()
-
-    def encode(self, prompts: list[str]) -> list[Tensor]:
-        """One (S, E) tensor per prompt, on the CPU; prompts that are not on disk are encoded first."""
-        found = {prompt: self._read(prompt) for prompt in prompts}
-        if missing := [prompt for prompt, embedding in found.items() if embedding is None]:
-            self.prepare(missing)
-            found |= {prompt: self._read(prompt) for prompt in missing}
-        results = []
-        for prompt in prompts:
-            embedding = found[prompt]
-            if embedding is None:
-                raise EnvironmentProblem(
-                    f"cache: {self.cache.folder} must keep what is written to it, got nothing back. "
-                    "Do other processes share it with a limit too small for all of them? Pass --cache-dir."
-                )
-            results.append(embedding)
-        return results
 
     def _check_room(self, count: int) -> None:
         needed = count * self.tokens * self.width * 2  # bf16 as published
@@ -119,7 +118,6 @@ class CachedText:
     def _write(self, prompt: str, embedding: Tensor, keep: set[str]) -> None:
         from safetensors.torch import save_file
 
-        embedding = embedding.detach().cpu().contiguous()
         metadata = {
             "sha256": _digest(embedding), "identity": json.dumps(self._identity, sort_keys=True),
             "prompt": prompt, "note": self.encoder.note(prompt),
