@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .clip_plan import ClipPlan
 
 SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
+TINY_NOTE = (
+    "cosmos-fast: no --checkpoint given: the tiny model inside the package makes this (320x192, simulated table scenes). "
+    "--checkpoint published takes the full-size weights."
+)
 PATHS = click.Path(path_type=Path)
 
 
@@ -107,14 +111,18 @@ def with_model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def checked_batch(specs: tuple[Path, ...], options: dict[str, Any], **preflight_options: Any) -> Any:
+def checked_batch(
+    specs: tuple[Path, ...], options: dict[str, Any], *, checkpoint: str | None, **preflight_options: Any
+) -> Any:
     """The whole batch, checked without weights or a GPU; SpecError lists every problem of every clip."""
+    from .models import is_embedded
     from .planning import preflight
     from .spec import load_valid_specs
 
     found, problems = load_valid_specs(specs, read_overrides(options))
+    makers = ("edge", "vis", *(("style",) if is_embedded(checkpoint) else ()))
     batch = preflight(
-        found, options["model"], makers=("edge", "vis"), on_corrupt=options["on_corrupt"], strict=False,
+        found, options["model"], makers=makers, on_corrupt=options["on_corrupt"], strict=False,
         **preflight_options,
     )  # fmt: skip
     problems += batch.problems
@@ -132,7 +140,11 @@ def checked_batch(specs: tuple[Path, ...], options: dict[str, Any], **preflight_
 @click.option(
     "-o", "--output-dir", "folder", type=PATHS, help="Folder for results; default: output_dir of the spec."
 )
-@click.option("--checkpoint", help="File, folder or published id; default: the published files of --model.")
+@click.option(
+    "--checkpoint",
+    help="tiny: the small model inside the package (default); published: the full-size files of --model; or a "
+    "published id, a file or a folder.",
+)
 @click.option(
     "--vae", help="Video VAE file or folder; default: beside the checkpoint, else the published one."
 )
@@ -167,19 +179,21 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         )
     except ValueError as error:
         raise SpecError(str(error)) from None
-    lengths = chunk_lengths(options["checkpoint"])
     batch, some_invalid, found = checked_batch(
         specs,
         options,
         recipe=recipe,
         plan=plan,
+        checkpoint=options["checkpoint"],
         configs=known_configs(options["checkpoint"], options["model"]),
-        **lengths,
+        **limits(options["checkpoint"]),
     )
     if options["dry_run"]:
         click.echo(batch.as_table())
         sys.exit(1 if some_invalid else 0)
     text = text_encoder(options)
+    if options["checkpoint"] is None and not options["quiet"]:
+        click.echo(TINY_NOTE, err=True)
     if not options["skip_invalid"] and (missing := missing_prompts(text, batch.clips)):
         raise SpecError(f"{len(missing)} prompts without embeddings", missing)
     folder = OutputFolder(output_folder(options["folder"], found))
@@ -190,7 +204,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
 
     def open_engine(model: str) -> Engine:
         engine = Engine(
-            options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan, **lengths,
+            options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
         )  # fmt: skip
         folder.write_run(
             environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
@@ -227,13 +241,18 @@ def output_folder(given: Path | None, specs: list[Any]) -> Path:
 
 def text_encoder(options: dict[str, Any]) -> Any:
     """The prompt encoder that goes with the checkpoint."""
-    from .models import beside
-    from .text import FileText, TinyText
+    from .models import is_embedded, own_text
+    from .text import FileText
 
     if options["text_embeddings"] is not None:
+        if is_embedded(options["checkpoint"]):
+            raise SpecError(
+                f"text-embeddings: the tiny model reads prompts itself, got {options['text_embeddings']}. Name the "
+                "weights that the embeddings were made for, e.g. --checkpoint published."
+            )
         return FileText(options["text_embeddings"])
-    if options["checkpoint"] and (small := beside(options["checkpoint"], "text.safetensors")):
-        return TinyText.load(small)
+    if own := own_text(options["checkpoint"]):
+        return own
     raise SpecError(
         "text: this checkpoint needs embeddings of its prompts, got none. Pass --text-embeddings FILE."
     )
@@ -257,12 +276,11 @@ def missing_prompts(text: Any, clips: Sequence[ClipPlan]) -> list[str]:
     return problems
 
 
-def chunk_lengths(checkpoint: str | None) -> dict[str, Any]:
-    """Frames per chunk the checkpoint was made for, where a model.json beside it says so."""
-    from .models import model_card
+def limits(checkpoint: str | None) -> dict[str, Any]:
+    """What the checkpoint was made for (chunk lengths, resolutions, defaults), where its card says so."""
+    from .models import limits as of
 
-    card = model_card(checkpoint)
-    return {"chunk_lengths": tuple(card["chunk_frames"])} if "chunk_frames" in card else {}
+    return of(checkpoint)
 
 
 def known_configs(checkpoint: str | None, model: str) -> dict[str, Any]:
@@ -275,13 +293,15 @@ def known_configs(checkpoint: str | None, model: str) -> dict[str, Any]:
 @main.command()
 @click.argument("specs", nargs=-1, required=True, type=PATHS)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--checkpoint", help="Local checkpoint whose sizes to plan with; default: the published ones.")
+@click.option("--checkpoint", help="Plan for these weights, as generate takes them; default: the tiny model.")
 @with_model_options
 @overrides
 def plan(specs: tuple[Path, ...], as_json: bool, checkpoint: str | None, **options: Any) -> None:
     """Check SPECS and print chunks, shapes, FLOPs and memory. Needs no GPU and no weights."""
     configs = known_configs(checkpoint, options["model"])
-    batch, some_invalid, _ = checked_batch(specs, options, configs=configs, **chunk_lengths(checkpoint))
+    batch, some_invalid, _ = checked_batch(
+        specs, options, checkpoint=checkpoint, configs=configs, **limits(checkpoint)
+    )
     click.echo(batch.as_json() if as_json else batch.as_table())
     sys.exit(1 if some_invalid else 0)
 

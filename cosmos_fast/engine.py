@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint as weights
-from . import controls, models, ops, sampler
+from . import controls, embedded, models, ops, sampler
 from .chunking import (
     Chunk,
     conditional_latents,
@@ -31,15 +31,17 @@ from .chunking import (
 )
 from .clip_plan import ClipPlan
 from .dispatch import pick_device
-from .formats import CHUNK_FRAMES, CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
+from .formats import CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
 from .graphs import Graphed
 from .inputs import ChunkInputs, ClipInputs
 from .network import Network, Pair, Prompt, Single
+from .network_keys import to_ours
 from .planning import DISTILLED, preflight
 from .recipe import Plan, Recipe
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
+from .tiny_style import TinyStyle
 from .vae import VAE, VAEConfig, channels_last_
 
 Progress = Callable[["Step"], None]
@@ -93,12 +95,14 @@ class Result:
 class Engine:
     """Loads a model once; `generate` and `stream` make clips with it.
 
-    checkpoint: a path, a published id such as "edge", "multi" or "edge/distilled", or four paths by control
-    name. model: which of those ids the checkpoint is, when it is a path whose name does not tell. vae: path
-    or id of the video VAE, by default the one beside the checkpoint, else the published one. text: a
-    TextEncoder, or the path of an embeddings file. makers and style are for controls and style images that
-    this package does not make itself. chunk_lengths: frames per chunk that
-    the model was trained for. Raises CheckpointError or EnvironmentProblem.
+    checkpoint: a path, a published id such as "edge", "multi" or "edge/distilled", four paths by control
+    name, or nothing for the tiny model inside the package. model: which of those ids to load, where the
+    checkpoint does not tell; of the tiny one by default "multi". vae: path or id of the video VAE, by default
+    the one beside the checkpoint, else the published one. text: a TextEncoder, or the path of an embeddings
+    file; by default the encoder that belongs to the checkpoint, which the published ones lack. makers and
+    style are for controls and style images that this package does not make itself. chunk_lengths: frames per
+    chunk that the model was trained for, by default what its card says, else 93 and 1. Raises CheckpointError
+    or EnvironmentProblem.
     """
 
     def __init__(
@@ -107,24 +111,26 @@ class Engine:
         *,
         model: str | None = None,
         vae: str | Path | None = None,
-        text: TextEncoder | str | Path,
+        text: TextEncoder | str | Path | None = None,
         recipe: Recipe | None = None,
         plan: Plan | None = None,
         makers: Mapping[str, controls.ControlMaker] = controls.MAKERS,
         style: StyleEncoder | None = None,
-        chunk_lengths: tuple[int, ...] = (CHUNK_FRAMES, 1),
+        chunk_lengths: tuple[int, ...] | None = None,
     ) -> None:
         self.recipe, self.plan = recipe or Recipe.exact(), plan or Plan()
         self.device = pick_device(self.plan.device)
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
         self.stages = Stages(self.device)
-        self.makers, self.style, self.chunk_lengths = makers, style, chunk_lengths
-        self.text: TextEncoder = FileText(text) if isinstance(text, (str, Path)) else text
+        self.makers = makers
+        self.limits = models.limits(checkpoint) | ({"chunk_lengths": chunk_lengths} if chunk_lengths else {})
+        self.text = self._open_text(text, checkpoint)
         with self.stages("load"):
             source = models.locate(checkpoint, model)
             vae_path = models.locate_vae(vae, source)
             self.model, self.files = source.model, source.record(vae_path)
             self.network, self.notes = self._load_network(source)
+            self.style = style or (TinyStyle() if source.is_embedded else None)
             self.vae = self._load_vae(vae_path)
         # Reading 5 GB again takes seconds; it happens beside the first clip, which takes longer.
         self._hashes = ThreadPoolExecutor(1).submit(models.hashes, self.files)
@@ -174,7 +180,7 @@ class Engine:
         makers = (*self.makers, *(["style"] if self.style is not None else []))
         batch = preflight(
             [spec], self.model, makers=makers, configs={self.model: self.network.config}, recipe=self.recipe,
-            plan=self.plan, chunk_lengths=self.chunk_lengths,
+            plan=self.plan, **self.limits,
         )  # fmt: skip
         return batch.clips[0]
 
@@ -313,20 +319,39 @@ class Engine:
     # --- loading ---
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
-        kind = "distilled" if source.model == DISTILLED else "single"
-        loaded = weights.load_state(source.files, dtype=self.dtype, device=self.device, model=kind)
+        if source.is_embedded:
+            config, published = embedded.state(source.model)
+            state = to_ours(published, config, self.dtype, self.device)
+            loaded = weights.Loaded(config, state, ("checkpoint: the tiny model inside the package.",))
+        else:
+            kind = "distilled" if source.model == DISTILLED else "single"
+            loaded = weights.load_state(source.files, dtype=self.dtype, device=self.device, model=kind)
         with torch.device("meta"):
             network = Network(loaded.config)
         network.load_state_dict(loaded.state, strict=True, assign=True)
         return network.eval().requires_grad_(False), loaded.notes
 
     def _load_vae(self, path: Path) -> VAE:
-        state = weights.load_vae_state(path, self.dtype, self.device)
+        if path == embedded.vae_file():
+            state = {name: t.to(self.device, self.dtype) for name, t in embedded.vae_state().items()}
+        else:
+            state = weights.load_vae_state(path, self.dtype, self.device)
         with torch.device("meta"):
             vae = VAE(VAEConfig(base=state["encoder.conv1.weight"].shape[0]))
         vae.load_state_dict(state, strict=True, assign=True)
         vae = vae.eval().requires_grad_(False)
         return channels_last_(vae) if self.device.type == "cuda" else vae
+
+    @staticmethod
+    def _open_text(text: TextEncoder | str | Path | None, checkpoint: Any) -> TextEncoder:
+        if isinstance(text, (str, Path)):
+            return FileText(text)
+        own = models.own_text(checkpoint) if text is None else text
+        if own is None:
+            raise EnvironmentProblem(
+                "text: this checkpoint has no prompt encoder of its own, got none. Pass text= to Engine."
+            )
+        return own
 
     def _check_text(self) -> None:
         width = self.network.config.text_width

@@ -30,7 +30,7 @@ _SHRINKS: Final = tuple(1 - k / 40 for k in range(13))
 
 @dataclass(frozen=True)
 class Packed:
-    """One tensor in few bits. codes: packed uint8; scales: fp16, one per group, times `top` the step of a code.
+    """One tensor in few bits. codes: packed uint8; scales: fp16, one per group: times `top` the value of the code 2^(b-1) - 1.
 
     group: values that share a scale, counted along the flattened tensor; 0 gives each row (first axis) its own.
     """
@@ -58,18 +58,19 @@ def pack(tensor: Tensor, bits: int, group: int = 0) -> Packed:
         raise ValueError("pack: values must be finite, got infinities or NaN.")
     x_GN = _groups(tensor.detach().to("cpu", torch.float32), group)
     top, limit = float(x_GN.abs().max()), 2 ** (bits - 1) - 1
-    peak = x_GN.abs().amax(1, keepdim=True) / (top or 1.0) / limit
+    peak = x_GN.abs().amax(1, keepdim=True) / (top or 1.0)
     best_scale, best_error = torch.zeros_like(peak), torch.full_like(peak, math.inf)
     for shrink in _SHRINKS if bits < 8 else (1.0,):
         # Rounded to what is stored before the codes are chosen, so that they fit the scale they will meet.
         scale = (peak * shrink).half().float()
-        error = (_round(x_GN, scale * top, limit) * scale * top - x_GN).square().sum(1, keepdim=True)
+        step = scale * (top / limit)
+        error = (_round(x_GN, step, limit) * step - x_GN).square().sum(1, keepdim=True)
         better = error < best_error
         best_scale, best_error = (
             torch.where(better, scale, best_scale),
             torch.where(better, error, best_error),
         )
-    codes = (_round(x_GN, best_scale * top, limit) + limit).to(torch.uint8).numpy().reshape(-1, 1)
+    codes = (_round(x_GN, best_scale * (top / limit), limit) + limit).to(torch.uint8).numpy().reshape(-1, 1)
     stream = np.packbits(np.unpackbits(codes, axis=1)[:, 8 - bits :])
     shape = tuple(tensor.shape)
     return Packed(shape, bits, group, top, torch.from_numpy(stream), best_scale[:, 0].half())
@@ -82,8 +83,9 @@ def unpack(packed: Packed) -> Tensor:
     per_group = packed.group or count // groups
     stream = np.unpackbits(packed.codes.numpy())[: groups * per_group * bits].reshape(-1, bits)
     codes = np.packbits(np.pad(stream, ((0, 0), (8 - bits, 0))), axis=1)
-    centred = torch.from_numpy(codes).view(groups, per_group).float() - (2 ** (bits - 1) - 1)
-    values = centred * (packed.scales.float() * packed.top)[:, None]
+    limit = 2 ** (bits - 1) - 1
+    centred = torch.from_numpy(codes).view(groups, per_group).float() - limit
+    values = centred * (packed.scales.float() * (packed.top / limit))[:, None]
     return values.view(-1)[:count].reshape(packed.shape)
 
 

@@ -9,21 +9,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import registry
+from . import embedded, registry
 from .checkpoint import open_checkpoint
 from .config import NetworkConfig
 from .formats import CONTROLS, CheckpointError, SpecError
 from .planning import DISTILLED, MODELS
+from .spec import Spec
+from .text import TinyText
+
+PUBLISHED = "published"
+"""Checkpoint that stands for the published files of whichever model is asked for."""
 
 _VAE_FILES = ("tokenizer.pth", "tokenizer.safetensors", "vae")
 
 
 @dataclass(frozen=True)
 class Located:
-    """Weight files of one model: a path, or for the multi-control model a path per control."""
+    """Weight files of one model: a path, or for the multi-control model a path per control.
+
+    Of the embedded model the files are parts that make sense together only.
+    """
 
     model: str
     files: Path | dict[str, Path]
+    is_embedded: bool = False
 
     def record(self, vae: Path) -> dict[str, dict[str, str | int]]:
         """Path, size and time of change (ns) of every weight file: in the sidecar, and compared by resume."""
@@ -70,8 +79,9 @@ def locate(checkpoint: str | Path | Mapping[str, str | Path] | None, model: str 
     """Files of `model` in `checkpoint`, downloading only what is named by a published id.
 
     checkpoint: a file, a folder (published layout, diffusers layout or distributed checkpoint), a published
-    id, paths by control name, or None for the published files of `model`. model may be None when the
-    checkpoint is a published id or paths by control. Raises CheckpointError or EnvironmentProblem.
+    id, paths by control name, "published" for the published files of `model`, or None for the embedded model
+    (also "tiny"). model may be None when the checkpoint is a published id or paths by control; of the embedded
+    model that is "multi". Raises CheckpointError or EnvironmentProblem.
     """
     if model is not None and model not in MODELS:
         raise SpecError(f"model: must be one of {', '.join(MODELS)}, got {model!r}.")
@@ -80,9 +90,14 @@ def locate(checkpoint: str | Path | Mapping[str, str | Path] | None, model: str 
         return Located(
             model or (registry.MULTI if len(found) > 1 else next(iter(found), "")), _pick(found, model)
         )
-    if checkpoint is None:
+    if is_embedded(checkpoint):
+        model = model or registry.MULTI
+        return Located(model, dict(embedded.files(model)), is_embedded=True)
+    if checkpoint is None or str(checkpoint) == PUBLISHED:
         if model is None:
-            raise CheckpointError("checkpoint: must be given when no model is named, got neither.")
+            raise CheckpointError(
+                f"checkpoint: {PUBLISHED} needs a model, got none. Name one of {', '.join(MODELS)}."
+            )
         checkpoint = model
     published = registry.find(str(checkpoint))
     if model is None:
@@ -97,6 +112,11 @@ def locate(checkpoint: str | Path | Mapping[str, str | Path] | None, model: str 
             return Located(model, path)
     files = registry.resolve(checkpoint)
     return Located(model.removesuffix("/older"), files if isinstance(files, Path) else _pick(files, model))
+
+
+def is_embedded(checkpoint: str | Path | Mapping[str, str | Path] | None) -> bool:
+    """Whether this names the model inside the package, as naming nothing does."""
+    return checkpoint is None or (isinstance(checkpoint, str) and checkpoint == embedded.NAME)
 
 
 def _pick(found: Mapping[str, Path], model: str | None) -> Path | dict[str, Path]:
@@ -114,6 +134,8 @@ def _pick(found: Mapping[str, Path], model: str | None) -> Path | dict[str, Path
 
 def locate_vae(vae: str | Path | None, beside: Located) -> Path:
     """The video VAE: the one named, else one beside the checkpoint or in a folder above it, else the published."""
+    if vae is None and beside.is_embedded:
+        return embedded.vae_file()
     if vae is None:
         for folder in _around(beside.first):
             for name in _VAE_FILES:
@@ -138,7 +160,13 @@ def beside(checkpoint: str | Path, name: str) -> Path | None:
 
 
 def model_card(checkpoint: str | Path | None) -> dict[str, Any]:
-    """The card of a local checkpoint: {"chunk_frames": [...]}; empty for the published ones."""
+    """What a checkpoint was made for, as far as it differs from the published ones, for which this is empty.
+
+    chunk_frames: frames per chunk. resolutions: resolution keys. defaults: values of a request's keys that hold
+    where the request leaves them out.
+    """
+    if is_embedded(checkpoint):
+        return embedded.card()
     path = beside(checkpoint, CARD) if checkpoint else None
     if path is None:
         return {}
@@ -147,13 +175,43 @@ def model_card(checkpoint: str | Path | None) -> dict[str, Any]:
         lengths = card.get("chunk_frames", [])
         if not all(type(n) is int and n > 0 and n % 4 == 1 for n in lengths):
             raise ValueError(f"chunk_frames must be 4k+1 frames, got {lengths}")
+        if unknown := sorted(set(card.get("defaults", {})) - set(Spec.model_fields)):
+            raise ValueError(f"defaults must be keys of a request, got {', '.join(unknown)}")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: must be a JSON object about the model, got: {error}.") from None
     return card
 
 
+def limits(checkpoint: str | Path | Mapping[str, str | Path] | None) -> dict[str, Any]:
+    """What the card of a checkpoint says, as keywords of `planning.preflight`."""
+    card = {} if isinstance(checkpoint, Mapping) else model_card(checkpoint)
+    found: dict[str, Any] = {"chunk_lengths": tuple(card["chunk_frames"])} if "chunk_frames" in card else {}
+    if "resolutions" in card:
+        found["resolutions"] = tuple(card["resolutions"])
+    return found | {"defaults": dict(card.get("defaults", {}))}
+
+
+def own_text(checkpoint: str | Path | Mapping[str, str | Path] | None) -> TinyText | None:
+    """The prompt encoder that belongs to a checkpoint: embedded, or a file beside it. None for the published."""
+    if is_embedded(checkpoint):
+        sizes, state = embedded.text_state()
+        encoder = TinyText(**sizes)
+        encoder.load_state_dict(state)
+        return encoder
+    if checkpoint is None or isinstance(checkpoint, Mapping):
+        return None
+    path = beside(checkpoint, "text.safetensors")
+    return TinyText.load(path) if path else None
+
+
 def local_configs(checkpoint: str | Path | None, model: str) -> dict[str, NetworkConfig]:
-    """Network sizes by model, from the headers of a local checkpoint; empty where nothing local is named."""
+    """Network sizes by model, from the headers of a local checkpoint or the embedded model; else empty."""
+    if is_embedded(checkpoint):
+        return {
+            name: embedded.config(name)
+            for name in (MODELS if model == "auto" else (model,))
+            if name in MODELS
+        }
     if checkpoint is None or not Path(checkpoint).expanduser().exists():
         return {}
     if model not in ("auto", *MODELS):

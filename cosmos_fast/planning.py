@@ -194,6 +194,20 @@ def _frames(spec: Spec, source: Probe, check: _Check) -> int:
     return frames
 
 
+def _with_defaults(spec: Spec, defaults: Mapping[str, Any]) -> tuple[Spec, list[str]]:
+    """The spec with the model's own values where it names none, and a note about each that differs."""
+    changes = {
+        key: value
+        for key, value in defaults.items()
+        if key not in spec.model_fields_set and getattr(spec, key) != value
+    }
+    notes = [
+        f"{key}: {value!r}, which is this model's own, since the request names none."
+        for key, value in changes.items()
+    ]
+    return spec.model_copy(update=changes), notes
+
+
 def _plan_clip(
     check: _Check, model: str, chunk_lengths: Collection[int], configs: Mapping[str, NetworkConfig],
     recipe: Recipe, plan: Plan, rates: Mapping[str, Any] | None,
@@ -208,7 +222,7 @@ def _plan_clip(
     if length not in chunk_lengths:
         check.problems.append(
             "num_video_frames_per_chunk: must be a length the models were trained for "
-            f"({', '.join(map(str, chunk_lengths))}), got {length}."
+            f"({', '.join(map(str, chunk_lengths))}), got {length}. Leave it out, or name other weights."
         )
     frames = _frames(spec, source, check) if source else 0
     controls: dict[str, Probe | None] = {}
@@ -283,20 +297,29 @@ def preflight(
     specs: Sequence[Spec], model: str = "auto", *, chunk_lengths: Collection[int] = (CHUNK_FRAMES, 1),
     makers: Collection[str] = MAKERS, configs: Mapping[str, NetworkConfig] | None = None,
     recipe: Recipe | None = None, plan: Plan | None = None, on_corrupt: Literal["fail", "warn"] = "fail",
+    resolutions: Collection[str] | None = None, defaults: Mapping[str, Any] | None = None,
     rates: Mapping[str, Any] | None = None, strict: bool = True,
 ) -> BatchPlan:  # fmt: skip
     """Plan every clip; raise one SpecError with every problem of every clip, each led by the clip's name.
 
     model: "auto" or one of MODELS for all clips. configs: network sizes by model where they are not the
     published ones. makers: what can be computed from the input, see MAKERS. rates: TFLOP/s of this machine
-    for "encode", "denoise" and "decode", and their "source". strict=False returns the clips that can run,
+    for "encode", "denoise" and "decode", and their "source". resolutions: the keys the model was trained for,
+    None for all. defaults: the model's own values of keys that a spec leaves out. strict=False returns the clips that can run,
     with the problems of the others in `BatchPlan.problems`.
     """
     if model != "auto" and model not in MODELS:
         raise SpecError(f"model: must be auto or one of {', '.join(MODELS)}, got {model!r}.")
     problems, plans, files = name_problems([spec.name for spec in specs]), [], _Files(on_corrupt)
     for spec in specs:
+        spec, notes = _with_defaults(spec, defaults or {})
         check = _Check(spec, files, makers)
+        check.notes += notes
+        if resolutions is not None and spec.resolution not in resolutions:
+            check.problems.append(
+                f"resolution: must be one the model was trained for ({', '.join(resolutions)}), got "
+                f"{spec.resolution}. Leave it out, or name other weights with --checkpoint."
+            )
         made = _plan_clip(
             check, model, chunk_lengths, configs or {}, recipe or Recipe(), plan or Plan(), rates
         )

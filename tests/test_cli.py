@@ -156,7 +156,7 @@ def test_dry_run_and_plan_make_nothing(models: Path, clip: Path, tmp_path: Path)
 
 def test_plan_with_published_sizes_needs_no_weights(clip: Path, tmp_path: Path) -> None:
     spec = write_spec(tmp_path, "street", clip, num_video_frames_per_chunk=93, resolution="720", num_steps=35)
-    run = call("plan", spec)
+    run = call("plan", spec, "--checkpoint", "published")
     assert run.code == 0 and "1 x 93" in run.out and "960x960" in run.out
 
 
@@ -178,14 +178,15 @@ def test_info_is_json_with_every_op() -> None:
 
 
 def test_unknown_key_and_control_are_named(clip: Path, tmp_path: Path) -> None:
-    run = call("plan", write_spec(tmp_path, "street", clip, dept={}))
+    plan = ("plan", "--checkpoint", "published")
+    run = call(*plan, write_spec(tmp_path, "street", clip, dept={}))
     assert run.code == 2 and "dept" in run.err and "depth" in run.err and not run.out
-    run = call("plan", write_spec(tmp_path, "street", clip), "--set", "edge.control_wait=1")
+    run = call(*plan, write_spec(tmp_path, "street", clip), "--set", "edge.control_wait=1")
     assert run.code == 2 and "control_weight" in run.err
-    run = call("plan", write_spec(tmp_path, "street", clip), "--set", "edge")
+    run = call(*plan, write_spec(tmp_path, "street", clip), "--set", "edge")
     assert run.code == 2 and "CONTROL.FIELD=VALUE" in run.err
-    assert call("plan", tmp_path / "no.json").code == 2
-    assert call("plan").code == 2
+    assert call(*plan, tmp_path / "no.json").code == 2
+    assert call(*plan).code == 2
     assert call("generate", "--no-such-option").code == 2
 
 
@@ -194,12 +195,12 @@ def test_overrides_replace_keys(clip: Path, tmp_path: Path) -> None:
     changed = call(
         "plan", spec, "--seed", "8", "--prompt", "42", "--num-steps", "9", "--max-frames", "3",
         "--set", "edge.control_weight=0.25", "--set", "vis.control_weight=0.5", "--json",
-        "--num-video-frames-per-chunk", "93",
+        "--num-video-frames-per-chunk", "93", "--checkpoint", "published",
     )  # fmt: skip
     assert changed.code == 0, changed.err
     (planned,) = json.loads(changed.out)["clips"]
     assert planned["steps"] == 9 and planned["frames"] == 3 and planned["model"] == "multi"
-    assert call("plan", spec, "--seed", "1.5").code == 2
+    assert call("plan", spec, "--seed", "1.5", "--checkpoint", "published").code == 2
 
 
 @pytest.mark.parametrize("option, rule", [(("--recipe", "fp8"), "preset must be one of"), (("--vae-window", "3"), "vae_encode_window"), (("--model", "blur"), "model: must be auto or one of"), (("--device", "tpu"), "device"), (("--codec", "h264"), "libx264")])  # fmt: skip

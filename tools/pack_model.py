@@ -40,6 +40,8 @@ GROUP = 64
 
 PARTS = ("base", *CONTROLS, "distilled", "vae", "text")
 CARD_KEYS = {"chunk_frames", "resolutions", "size", "defaults", "name", "licence"}
+NATIVE: dict[str, Any] = {"resolutions": ["256"], "size": [320, 192]}
+"""Card entries of the embedded model where model.json does not give others."""
 
 
 def open_network(source: Path, model: str) -> tuple[NetworkConfig, dict[str, Tensor]]:
@@ -47,6 +49,13 @@ def open_network(source: Path, model: str) -> tuple[NetworkConfig, dict[str, Ten
     checkpoint = open_checkpoint(found.first)
     config = checkpoint.config("distilled" if model == embedded.DISTILLED else "single")
     return config, {name: tensor.load().float() for name, tensor in checkpoint.tensors.items()}
+
+
+def native(card: dict[str, Any]) -> dict[str, Any]:
+    """The card that ships: what the model was made for, and the values a request takes that names none."""
+    kept = NATIVE | {key: value for key, value in card.items() if key in CARD_KEYS}
+    own = {"resolution": kept["resolutions"][0], "num_video_frames_per_chunk": kept["chunk_frames"][0]}
+    return kept | {"defaults": own | kept.get("defaults", {})}
 
 
 def is_branch(name: str) -> bool:
@@ -125,7 +134,7 @@ def pack_model(source: Path, target: Path, bits: Mapping[str, int], most_bytes: 
         write("text", text.state_dict())
         index = {
             "format": embedded.FORMAT, "name": embedded.NAME,
-            "card": {k: v for k, v in json.loads(card_path.read_text()).items() if k in CARD_KEYS},
+            "card": native(json.loads(card_path.read_text())),
             "networks": {model: asdict(config) for model, config in configs.items()}, "text": sizes,
             "files": {
                 f"{part}.safetensors": {
