@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +21,7 @@ class ClipPlan:
     frames: of the finished clip. output_size: of the result alone; `tiles` pictures of that size stand to its
     left. guided: (frames, width, height) of the guided mask. tflop: per stage, plus "total".
     memory: estimated peak bytes per stage, see costs.MEMORY_FORMULA. seconds: None without rates.
+    made: what made each control and mask that `makers` added, by its key in the request.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ClipPlan:
     memory: Mapping[str, int]
     seconds: float | None
     notes: tuple[str, ...] = ()
+    made: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def peak(self) -> tuple[str, int]:
