@@ -26,6 +26,9 @@ from typing import Final
 
 from cosmos_fast.formats import EnvironmentProblem
 
+CACHE_HOME: Final = Path("~/.cache/cosmos-fast")
+"""Where the command line keeps its caches, each in a folder of its own below."""
+
 DEFAULT_LIMIT: Final = 10 << 30
 """Bytes one cache folder may hold: about 100 prompts of the published encoder."""
 

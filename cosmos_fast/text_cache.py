@@ -16,8 +16,9 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from .disk_cache import DiskCache, content_key
+from .disk_cache import CACHE_HOME, DEFAULT_LIMIT, DiskCache, content_key
 from .formats import EnvironmentProblem
+from .reason1 import Reason1
 
 GROUP: Final = 16
 """Prompts encoded at once: 1.6 GB of results in host memory at the published size."""
@@ -66,15 +67,22 @@ class CachedText:
         """The entry of a prompt."""
         return content_key("text", self._identity, prompt) + _SUFFIX
 
-    def prepare(self, prompts: Sequence[str], between: Callable[[], None] = lambda: None) -> None:
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        between: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Have all of `prompts` on disk; afterwards the encoder holds no memory.
 
-        between: called before every group, where the caller may raise to stop. Entries of these prompts are not
+        between: called before every group, where the caller may raise to stop. report: told once what will be done. Entries of these prompts are not
         removed to keep the cache's limit. Raises EnvironmentProblem when the disk lacks room, and what the
         encoder raises.
         """
         unique = list(dict.fromkeys(prompts))
         missing = [prompt for prompt in unique if self._read(prompt) is None]
+        if missing:
+            report(f"text: encoding {len(missing)} prompts with {self.record.get('encoder')}")
         for _ in self._made(missing, {self.key(prompt) for prompt in unique}, between):
             pass
 
@@ -167,3 +175,17 @@ def _load(path: Path) -> tuple[Tensor, dict[str, str]]:
 
 def _digest(embedding: Tensor) -> str:
     return hashlib.sha256(embedding.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def published_text(
+    source: str | Path = "reason1",
+    *,
+    mode: str = "auto",
+    device: str | torch.device | None = None,
+    folder: str | Path = CACHE_HOME,
+    limit_bytes: int = DEFAULT_LIMIT,
+) -> CachedText:
+    """The published prompt encoder (`reason1.Reason1`) behind a cache in `folder`/text; loads nothing yet."""
+    return CachedText(
+        Reason1(source, mode=mode, device=device), DiskCache(Path(folder) / "text", limit_bytes)
+    )

@@ -7,6 +7,7 @@ in every mode, and neither the whole model nor a second copy of it is ever held 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -79,7 +80,8 @@ class Layers:
         self._layers, self._weights = layers, weights
         for n, (layer, held) in enumerate(zip(layers, weights, strict=True)):
             check_shapes(f"text: layer {n}", layer, held)
-        self._is_resident = False
+        self.kept: list[nn.Module] = []
+        """Layers that stay on the device: all of them, or none."""
 
     @property
     def bytes(self) -> int:
@@ -87,9 +89,10 @@ class Layers:
         return sum(_size(tensor.shape, self.dtype) for held in self._weights for tensor in held.values())
 
     def __iter__(self) -> Iterator[nn.Module]:
-        if self._is_resident:
-            yield from self._layers
+        if self.kept:
+            yield from self.kept
             return
+        kept = []
         largest = max(
             sum(_padded(_size(tensor.shape, self.dtype)) for tensor in held.values())
             for held in self._weights
@@ -103,13 +106,14 @@ class Layers:
                 if n + 1 < len(self._layers):
                     # Layer n - 1 left the other buffer: the device was waited for before n was asked for.
                     pending = reader.submit(self._stage, n + 1, buffers[(n + 1) % 2])
-                self._fill(n, staged)
-                yield self._layers[n]
+                layer = self._filled(n, staged)
+                if self.mode != "offload":
+                    kept.append(layer)
+                yield layer
                 if is_cuda:
                     torch.cuda.current_stream(self.device).synchronize()
-                if self.mode == "offload":
-                    self._layers[n].to("meta")
-        self._is_resident = self.mode != "offload"
+                del layer
+        self.kept = kept
 
     def _stage(self, n: int, buffer: Tensor) -> dict[str, Tensor]:
         """Layer n as views of `buffer`, in the dtype of the computation."""
@@ -121,17 +125,16 @@ class Layers:
             at += _padded(size)
         return staged
 
-    def _fill(self, n: int, staged: Mapping[str, Tensor]) -> None:
+    def _filled(self, n: int, staged: Mapping[str, Tensor]) -> nn.Module:
         # A copy on every device: the buffer is written again two layers later.
         state = {
             name: torch.empty_like(tensor, device=self.device).copy_(tensor, non_blocking=True)
             for name, tensor in staged.items()
         }
-        layer = self._layers[n]
+        layer = copy.deepcopy(self._layers[n])  # without data: the original stays on the meta device
         layer.load_state_dict(state, strict=True, assign=True)
         layer.eval().requires_grad_(False)
-        if self.mode == "int8":
-            to_int8_(layer)
+        return to_int8_(layer) if self.mode == "int8" else layer
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -157,7 +157,7 @@ def test_what_stays_on_the_device(folder, monkeypatch):
     reads = []
     plain = safetensors_file.typed
     monkeypatch.setattr(safetensors_file, "typed", lambda *given: reads.append(1) or plain(*given))
-    for mode, again, device in (("bf16", 3, "cpu"), ("int8", 3, "cpu"), ("offload", 3 + 36, "meta")):
+    for mode, again, kept in (("bf16", 3, 3), ("int8", 3, 3), ("offload", 3 + 36, 0)):
         text = encoder(folder, mode)
         text.encode(["a"])
         first = len(reads)
@@ -165,9 +165,7 @@ def test_what_stays_on_the_device(folder, monkeypatch):
         text.encode(["a", "b", "c"])
         assert first == 36 + 2 and len(reads) == again  # 12 weights in 3 layers, final norm, embedding rows
         reads.clear()
-        assert {w.device.type for layer in text._layers._layers for w in layer.state_dict().values()} == {
-            device
-        }
+        assert len(text._layers.kept) == kept
 
 
 def test_close_frees_and_the_next_call_loads_again(folder):
@@ -434,10 +432,11 @@ def test_the_registry_entry():
     )  # fmt: skip
 
 
-def test_a_reader_that_stops_midway_leaves_layers_to_be_read_again(folder):
-    text = encoder(folder, "bf16")
+@pytest.mark.parametrize("mode", ["bf16", "int8", "offload"])
+def test_a_reader_that_stops_midway_leaves_layers_to_be_read_again(folder, mode):
+    text = encoder(folder, mode)
     text.load()
     assert isinstance(text._layers, Layers)
     for _ in text._layers:
         break
-    assert torch.equal(text.encode(["a"])[0], encoder(folder).encode(["a"])[0])
+    assert torch.equal(text.encode(["a"])[0], encoder(folder, mode).encode(["a"])[0])
