@@ -53,6 +53,12 @@ class ClipPlan:
         """(stage, estimated bytes) where the clip needs most memory."""
         return max(((s, b) for s, b in self.memory.items() if s != "weights"), key=lambda item: item[1])
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What the network reads, by spec key; the negative prompt counts where there is guidance."""
+        has_negative = self.network_calls > self.steps * len(self.chunks)
+        return {k: getattr(self.spec, k) for k in ("prompt", "negative_prompt")[: 1 + has_negative]}
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name, "spec_hash": self.spec.hash(), "model": self.model, "steps": self.steps,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from .clip_plan import ClipPlan
 from .dispatch import pick_device
 from .formats import CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
 from .graphs import Graphed
+from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
 from .network import Network, Pair, Prompt, Single
 from .network_keys import to_ours
@@ -41,7 +42,6 @@ from .recipe import Plan, Recipe
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
-from .tiny_style import TinyStyle
 from .vae import VAE, VAEConfig, channels_last_
 
 Progress = Callable[["Step"], None]
@@ -99,10 +99,11 @@ class Engine:
     name, or nothing for the tiny model inside the package. model: which of those ids to load, where the
     checkpoint does not tell; of the tiny one by default "multi". vae: path or id of the video VAE, by default
     the one beside the checkpoint, else the published one. text: a TextEncoder, or the path of an embeddings
-    file; by default the encoder that belongs to the checkpoint, which the published ones lack. makers and
-    style are for controls and style images that this package does not make itself. chunk_lengths: frames per
-    chunk that the model was trained for, by default what its card says, else 93 and 1. Raises CheckpointError
-    or EnvironmentProblem.
+    file; by default the encoder that belongs to the checkpoint, which the published ones lack. makers: for
+    controls that this package does not make itself. style: a StyleEncoder, or the folder of a published one;
+    by default what goes with the checkpoint. chunk_lengths: frames per chunk that the model was trained for,
+    by default what its card says, else 93 and 1. guardrails: yours, or whether to screen at all; by default on
+    for published ids and off for other weights. Raises CheckpointError or EnvironmentProblem.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class Engine:
         recipe: Recipe | None = None,
         plan: Plan | None = None,
         makers: Mapping[str, controls.ControlMaker] = controls.MAKERS,
-        style: StyleEncoder | None = None,
+        style: StyleEncoder | str | Path | None = None,
         chunk_lengths: tuple[int, ...] | None = None,
+        guardrails: Guardrails | bool | None = None,
     ) -> None:
         self.recipe, self.plan = recipe or Recipe.exact(), plan or Plan()
         self.device = pick_device(self.plan.device)
@@ -129,8 +131,11 @@ class Engine:
             source = models.locate(checkpoint, model)
             vae_path = models.locate_vae(vae, source)
             self.model, self.files = source.model, source.record(vae_path)
+            self.guardrails, self.unguarded = screening(
+                guardrails, models.is_published(checkpoint), self.plan.device
+            )
             self.network, self.notes = self._load_network(source)
-            self.style = style or (TinyStyle() if source.is_embedded else None)
+            self.style = models.open_style(style, source, self.network.config, self.plan.device)
             self.vae = self._load_vae(vae_path)
         # Reading 5 GB again takes seconds; it happens beside the first clip, which takes longer.
         self._hashes = ThreadPoolExecutor(1).submit(models.hashes, self.files)
@@ -144,10 +149,26 @@ class Engine:
         frames = [part.frames for part in self.stream(clip, on_step)]
         return Result(clip, np.concatenate(frames), self.stages.record())
 
-    @torch.inference_mode()  # as a decorator: between parts the caller's own mode holds
     def stream(self, spec: Spec | ClipPlan, on_step: Progress | None = None) -> Iterator[Part]:
-        """Make one clip chunk by chunk; each Part is yielded as soon as its frames are decoded."""
+        """Make one clip chunk by chunk; each Part is yielded as soon as its frames are decoded and screened.
+
+        Raises Refused where guardrails block: for frames at the part that is one too many, so a caller who gets it
+        must drop the parts before.
+        """
         clip = self.planned(spec)
+        watch = self.watch(clip)
+        for part in self.parts(clip, on_step):
+            yield part if watch is None else replace(part, frames=watch.screen(part.frames))
+
+    def watch(self, clip: ClipPlan) -> Watch | None:
+        """Screens the clip's prompts, and gives what screens its frames; None without guardrails. Raises Refused."""
+        if self.guardrails is None:
+            return None
+        return self.guardrails.watch(clip.frames, self.guardrails.admit(clip.prompts))
+
+    @torch.inference_mode()  # as a decorator: between parts the caller's own mode holds
+    def parts(self, clip: ClipPlan, on_step: Progress | None = None) -> Iterator[Part]:
+        """`stream` without guardrails: for who screens the finished pictures itself, with `watch`."""
         self.stages.reset()
         seeds = seed_chain(clip.spec.seed, len(clip.chunks))
         schedule = self.schedule(clip)
@@ -209,7 +230,14 @@ class Engine:
         if image is not None:
             if self.style is None:
                 raise EnvironmentProblem("style image: needs an encoder, got none. Pass style= to Engine.")
-            features[0] = self.style.encode(image, clip.model_size).to(self.device, self.dtype)
+            seen = self.style.encode(image, clip.model_size)
+            wanted = (self.network.config.image_tokens, self.network.config.image_width)
+            if tuple(seen.shape) != wanted:
+                raise EnvironmentProblem(
+                    f"style image: features must be {wanted} for this network, got {tuple(seen.shape)}. "
+                    "Use the encoder that the network was trained with."
+                )
+            features[0] = seen.to(self.device, self.dtype)
         embedded = self.text.encode(texts)
         return [
             self.network.read_prompt(text.to(self.device, self.dtype), feature)

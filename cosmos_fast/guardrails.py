@@ -28,7 +28,7 @@ from .dispatch import pick_device
 from .formats import CheckpointError, ClipError, CosmosFastError, EnvironmentProblem, Refused
 from .guardrails_faces import FaceFilter
 from .guardrails_frames import MAX_SHARE, UNSAFE, ContentFilter, class_name, is_over
-from .guardrails_text import Blocklist, PromptJudge, Verdict, need_packages
+from .guardrails_text import WITHOUT, Blocklist, PromptJudge, Verdict, need_packages
 
 OFF_BY_REQUEST = "switched off by the caller"
 OFF_FOR_OWN_WEIGHTS = "off by default: these are not the published weights"
@@ -40,11 +40,18 @@ class TextCheck(Protocol):
     def judge(self, prompt: str) -> Verdict: ...
 
 
-def default_for(is_published: bool, choice: bool | None) -> tuple[bool, str | None]:
-    """(whether to screen, why not): on for published weights, off for any other, unless the caller chose."""
-    if choice is not None:
-        return choice, None if choice else OFF_BY_REQUEST
-    return is_published, None if is_published else OFF_FOR_OWN_WEIGHTS
+def screening(
+    choice: Guardrails | bool | None, is_published: bool, device: str | None = None
+) -> tuple[Guardrails | None, str | None]:
+    """(guardrails, or why there are none): the caller's own, else by choice, else on for published weights alone.
+
+    Raises what `Guardrails.open` raises.
+    """
+    if isinstance(choice, Guardrails):
+        return choice, None
+    if choice or (choice is None and is_published):
+        return Guardrails.open(device=device), None
+    return None, OFF_BY_REQUEST if choice is False else OFF_FOR_OWN_WEIGHTS
 
 
 def record_off(reason: str) -> dict[str, Any]:
@@ -100,9 +107,9 @@ class Guardrails:
                 if not path.exists():
                     raise CheckpointError(f"{home}: must hold {path.relative_to(home)}, got none.")
         except EnvironmentProblem as error:
-            raise EnvironmentProblem(f"guardrails: {error} Or pass --no-guardrails.") from None
+            raise EnvironmentProblem(f"guardrails: {error} {WITHOUT}") from None
         except CheckpointError as error:
-            raise CheckpointError(f"guardrails: {error} Or pass --no-guardrails.") from None
+            raise CheckpointError(f"guardrails: {error} {WITHOUT}") from None
         return made
 
     @property

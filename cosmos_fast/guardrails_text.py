@@ -21,7 +21,8 @@ import torch
 from .formats import CheckpointError, ClipError, EnvironmentProblem
 from .vision_tower import need_transformers
 
-INSTALL: Final = "Run: pip install 'cosmos-fast[guardrails]'. Or pass --no-guardrails."
+WITHOUT: Final = "Or go without: --no-guardrails, in Python guardrails=False."
+INSTALL: Final = f"Run: pip install 'cosmos-fast[guardrails]'. {WITHOUT}"
 PACKAGES: Final = ("better-profanity", "nltk", "transformers")
 
 MIN_FUZZY_CHARS: Final = 6

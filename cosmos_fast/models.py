@@ -12,10 +12,13 @@ from typing import Any
 from . import embedded, registry
 from .checkpoint import open_checkpoint
 from .config import NetworkConfig
+from .disk_cache import DiskCache
 from .formats import CONTROLS, CheckpointError, SpecError
 from .planning import DISTILLED, MODELS
 from .spec import Spec
+from .style import STYLE_CACHE, STYLE_CACHE_BYTES, SiglipStyle
 from .text import TinyText
+from .tiny_style import TinyStyle
 
 PUBLISHED = "published"
 """Checkpoint that stands for the published files of whichever model is asked for."""
@@ -119,6 +122,14 @@ def is_embedded(checkpoint: str | Path | Mapping[str, str | Path] | None) -> boo
     return checkpoint is None or (isinstance(checkpoint, str) and checkpoint == embedded.NAME)
 
 
+def is_published(checkpoint: str | Path | Mapping[str, str | Path] | None) -> bool:
+    """Whether this names published files by their id. A path may hold anything, the published files too."""
+    if checkpoint is None or isinstance(checkpoint, Mapping):
+        return False
+    name = str(checkpoint)
+    return name in (PUBLISHED, registry.MULTI) or registry.find(name) is not None
+
+
 def _pick(found: Mapping[str, Path], model: str | None) -> Path | dict[str, Path]:
     """Of the controls a folder holds, the files this model needs."""
     if model in CONTROLS:
@@ -202,6 +213,22 @@ def own_text(checkpoint: str | Path | Mapping[str, str | Path] | None) -> TinyTe
         return None
     path = beside(checkpoint, "text.safetensors")
     return TinyText.load(path) if path else None
+
+
+def open_style(
+    style: Any, source: Located, config: NetworkConfig, device: str | None, cache: DiskCache | None = None
+) -> Any:
+    """The encoder of style images: the given one, or of a given folder, else what the network was trained with.
+
+    None where the network takes no style image, or was trained with an encoder that is not known here.
+    """
+    if style is None and source.is_embedded:
+        return TinyStyle()
+    if style is None and config.image_width == NetworkConfig.single().image_width:
+        style = "style"
+    if not isinstance(style, (str, Path)):
+        return style
+    return SiglipStyle(style, device=device, cache=cache or DiskCache(STYLE_CACHE, STYLE_CACHE_BYTES))
 
 
 def local_configs(checkpoint: str | Path | None, model: str) -> dict[str, NetworkConfig]:

@@ -263,11 +263,13 @@ class ClipOutputs:
         return record if isinstance(record, dict) and isinstance(record.get("output"), dict) else None
 
     def redo_reason(
-        self, spec_hash: str, *, recipe: Any = None, checkpoint: Any = None, version: str = __version__
-    ) -> str | None:
+        self, spec_hash: str, *, recipe: Any = None, checkpoint: Any = None, version: str = __version__,
+        is_screened: bool = False,
+    ) -> str | None:  # fmt: skip
         """Why the clip must be made (again), or None when it is done.
 
         `recipe` and `checkpoint` are compared when given. The output file is hashed, so an edit is noticed.
+        is_screened: guardrails are on, so a clip that was made without them is not done.
         """
         record = self.read_sidecar()
         if record is None:
@@ -280,6 +282,8 @@ class ClipOutputs:
         ):
             if now is not None and now != then:
                 return f"{key} changed since it was made"
+        if is_screened and not (record.get("guardrail") or {}).get("run"):
+            return "it was made without guardrails"
         output = record["output"]
         if output.get("file") not in (f"{self.name}.mp4", f"{self.name}.jpg"):
             return f"{self.sidecar.name} does not name this clip's output"

@@ -156,7 +156,7 @@ class _Check:
         found = self.companion(key, path, source, needed) if source else self.file(key, path)
         return (found.frames, *found.size) if found else None
 
-    def style(self, model: str, source: Probe | None) -> Probe | int | None:
+    def style(self, model: str, source: Probe | None, has_image: bool) -> Probe | int | None:
         """The style image's probe, or the index of the input frame that serves as one."""
         index, path = self.spec.context_frame_index, self.spec.image_context_path
         if index is None and path is None:
@@ -167,9 +167,14 @@ class _Check:
             self.problems.append(
                 f"{key}: must not be set for the {model} model, got {value}. It takes no style image."
             )
+        elif not has_image:
+            self.problems.append(
+                f"{key}: must not be set for this checkpoint, got {value}. It takes no style image."
+            )
         elif "style" not in self.makers:
             self.problems.append(
-                f"{key}: must not be set, got {value}. No encoder for style images is available."
+                f"{key}: must not be set, got {value}. No encoder for style images is available; the one of the "
+                "published models needs: pip install 'cosmos-fast[style]'."
             )
         if index is None:
             return self.file(key, path) if path else None
@@ -239,7 +244,9 @@ def _plan_clip(
                 controls[key] = found
             elif found is not None:
                 masks[key] = found
-    guided, style = check.guided(model, source, frames), check.style(model, source)
+    config = configs.get(model) or (config_for(model) if model in MODELS else NetworkConfig.single())
+    guided = check.guided(model, source, frames)
+    style = check.style(model, source, config.image_width is not None)
     if source is not None and spec.keep_input_resolution and min(source.size) < 2:
         check.problems.append(f"video_path: must be at least 2x2 pixels, got {source.width}x{source.height}.")
     if check.problems or source is None:
@@ -249,7 +256,6 @@ def _plan_clip(
     chunks = tuple(chunk_plan(frames, length, spec.num_conditional_frames))
     _note_habits(check, model, steps, len(chunks), bool(masks))
     size = model_size(*source.size, spec.resolution)
-    config = configs.get(model) or config_for(model)
     passes = 1 if model == DISTILLED or spec.guidance == 0 else 2
     calls = len(chunks) * steps * passes
     count = costs.tokens(length, *size)

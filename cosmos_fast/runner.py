@@ -21,7 +21,8 @@ import torch
 from . import controls, dispatch
 from .clip_plan import BatchPlan, ClipPlan
 from .engine import Engine, Part, Progress, Step
-from .formats import CosmosFastError, EnvironmentProblem
+from .formats import ClipError, CosmosFastError, EnvironmentProblem, Refused
+from .guardrails import Guardrails, record_off
 from .guards import Claim, FrameChecks, StopFlag, Stopped
 from .outputs import ClipOutputs, OutputFolder
 from .sidecar import build_sidecar
@@ -46,12 +47,14 @@ class Options:
     """How a batch is written. resume: keep clips that are finished and unchanged.
 
     made_with: what a kept clip must have been made with besides its spec, by model: its recipe and weight
-    files as the sidecar records them.
+    files as the sidecar records them. guardrails: what screens the prompts before any model is loaded; pass the
+    same to the engines.
     """
 
     codec: str = "libx264"
     resume: bool = False
     made_with: Callable[[str], dict[str, Any]] = lambda model: {}
+    guardrails: Guardrails | None = None
 
 
 def run_batch(
@@ -84,25 +87,33 @@ def run_batch(
                     continue
                 held.enter_context(claim)
                 # Asked with the claim held: another process may have finished the clip a moment ago.
-                if options.resume and (reason := outputs.redo_reason(clip.spec.hash(), **made_with)) is None:
+                is_screened = options.guardrails is not None
+                if options.resume and (
+                    (reason := outputs.redo_reason(clip.spec.hash(), is_screened=is_screened, **made_with))
+                    is None
+                ):
                     summary.skipped.append(clip.spec.name)
                     report(f"{clip.spec.name}: already done")
                     continue
                 if options.resume and outputs.sidecar.exists():
                     report(f"{clip.spec.name}: made again: {reason}")
-                engine = engine or open_engine(model)
-                try:
-                    record = make_clip(engine, clip, outputs, claim, options, stop, progress)
-                except Stopped:
-                    outputs.remove_parts()
-                    raise
-                except Exception as error:  # whatever it is, the other clips are not to pay for it
-                    message = describe(error)
+                fault = blocked(options.guardrails, batch, clip)
+                if fault is None:
+                    engine = engine or open_engine(model)
+                    try:
+                        record = make_clip(engine, clip, outputs, claim, options, stop, progress)
+                    except Stopped:
+                        outputs.remove_parts()
+                        raise
+                    except Exception as error:  # whatever it is, the other clips are not to pay for it
+                        fault = error
+                if fault is not None:
+                    message, status = describe(fault), "refused" if isinstance(fault, Refused) else "failed"
                     summary.failed[clip.spec.name] = message
-                    report(f"{clip.spec.name}: failed: {message}")
+                    report(f"{clip.spec.name}: {status}: {message}")
                     with contextlib.suppress(OSError, EnvironmentProblem):
-                        outputs.fail(message, spec_hash=clip.spec.hash())
-                    disk_failures = disk_failures + 1 if is_disk_trouble(error) else 0
+                        outputs.fail(message, status, spec_hash=clip.spec.hash())
+                    disk_failures = disk_failures + 1 if is_disk_trouble(fault) else 0
                     if disk_failures >= MOST_DISK_FAILURES:
                         report(f"stopping: {disk_failures} clips in a row could not be written")
                         return summary
@@ -114,6 +125,19 @@ def run_batch(
         del engine
         gc.collect()
     return summary
+
+
+def blocked(guardrails: Guardrails | None, batch: BatchPlan, clip: ClipPlan) -> Exception | None:
+    """Why the clip's prompts may not be used. All prompts of the batch are read at the first clip that is made,
+    before a model is loaded; raises what keeps the judges from being made."""
+    if guardrails is None:
+        return None
+    guardrails.read(prompt for other in batch.clips for prompt in other.prompts.values())
+    try:
+        guardrails.admit(clip.prompts)
+    except ClipError as error:
+        return error
+    return None
 
 
 def describe(error: BaseException) -> str:
@@ -152,13 +176,20 @@ def make_clip(
     seams = list(np.cumsum([chunk.keep for chunk in clip.chunks])[:-1])
     checks = FrameChecks(clip.spec.name, clip.frames, clip.output_size, seams=[int(s) for s in seams])
     seeds = []
+    watch = engine.watch(clip)
     with Media(clip, outputs, options) as media:
-        for part in engine.stream(clip, on_step):
+        for part in engine.parts(clip, on_step):
             with engine.stages("write"):
-                result, source = media.write(part)
-                checks.update(result, source)
+                pictures = media.pictures(part)
+                checks.update(pictures.result, pictures.source)
+            if watch is not None:
+                with engine.stages("guardrails"):
+                    pictures.shown = watch.screen(pictures.shown)
+            with engine.stages("write"):
+                media.write(pictures)
             seeds.append(part.seed)
         figures = checks.finish()
+        guardrail = record_off(engine.unguarded or "") if watch is None else watch.finish()
         with engine.stages("write"):
             files = media.close()
     return outputs.finish(
@@ -169,10 +200,22 @@ def make_clip(
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),
             },
-            checks=figures, notes=[*clip.notes, *engine.notes, *checks.notes],
+            checks=figures, notes=[*clip.notes, *engine.notes, *checks.notes], guardrail=guardrail,
         ),
         files=files, claim=claim,
     )  # fmt: skip
+
+
+@dataclass
+class Pictures:
+    """One chunk at output size, (F, H, W, 3) uint8: the result alone, the input, what the main file shows, the
+    controls. guided: (F, H, W) float at model size, or None."""
+
+    result: np.ndarray
+    source: np.ndarray
+    shown: np.ndarray
+    controls: dict[str, np.ndarray]
+    guided: np.ndarray | None
 
 
 class Media:
@@ -187,20 +230,23 @@ class Media:
         self._open: dict[Path, Writer] = {}
         self._images: dict[Path, np.ndarray] = {}
 
-    def write(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """Append one chunk to every file; returns result and source at output size, for the checks."""
+    def pictures(self, part: Part) -> Pictures:
+        """One chunk as it will be written, all at output size."""
         spec = self.clip.spec
         fit = {name: self._fit(self._shown(part, name)) for name in part.controls}
         result, source = self._fit(part.frames), self._fit(part.source)
         panels = [*fit.values()] if spec.show_control_condition else []
         panels += [source] if spec.show_input else []
-        self._append(self.outputs.media(self.clip.frames), controls.side_by_side([*panels, result]))
-        for name, frames in fit.items():
+        return Pictures(result, source, controls.side_by_side([*panels, result]), fit, part.guided)
+
+    def write(self, pictures: Pictures) -> None:
+        """Append one chunk to every file."""
+        self._append(self.outputs.media(self.clip.frames), pictures.shown)
+        for name, frames in pictures.controls.items():
             self._append(self.outputs.control(name, self.clip.frames), frames)
-        if part.guided is not None:
-            grey = (part.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
+        if pictures.guided is not None:
+            grey = (pictures.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
             self._append(self.outputs.guided_mask(self.clip.frames), grey)
-        return result, source
 
     @staticmethod
     def _shown(part: Part, name: str) -> np.ndarray:

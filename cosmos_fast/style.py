@@ -29,6 +29,10 @@ from .weight_file import open_tensors
 
 TOKENS: Final = 256
 PATCH: Final = 16
+STYLE_CACHE: Final = Path("~/.cache/cosmos-fast/style")
+STYLE_CACHE_BYTES: Final = 1 << 30
+"""About 1700 images of the published encoder."""
+
 _EXTRA: Final = "style"
 
 
