@@ -39,7 +39,7 @@ SIDECAR_KEYS: dict[str, str] = {
     "files": "controls, masks and prompt saved beside it",
     "checks": "quality checks passed, with their figures",
     "notes": "what was tolerated or changed on the way: resized controls, seams, odd timestamps",
-    "guardrail": "requested, run, and the reason when it did not run",
+    "guardrail": "requested, run, and the reason when it did not run; what text and frames were found to be, and by which versions",
     "created": "UTC time of the record",
 }
 """Every key of a sidecar and what it holds. `ClipOutputs.finish` adds hashes and `files`."""
@@ -61,7 +61,16 @@ def plain(value: Any) -> Any:
 def environment(gpu: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Versions and platform of this process, read from package metadata; nothing heavy is imported."""
     record: dict[str, Any] = {"cosmos_fast": __version__, "python": platform.python_version()}
-    packages = ("torch", "triton", "numpy", "av", "opencv-python-headless", "opencv-python", "safetensors")
+    packages = (
+        "torch",
+        "triton",
+        "numpy",
+        "av",
+        "opencv-python-headless",
+        "opencv-python",
+        "safetensors",
+        "transformers",
+    )
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             record[package] = metadata.version(package)
@@ -83,7 +92,7 @@ def build_sidecar(
     """
     if missing := [key for key in ("frames", "width", "height", "fps") if key not in output]:
         raise ValueError(f"sidecar: output must tell {', '.join(missing)}, got {sorted(output)}.")
-    none = {"requested": False, "run": False, "reason": "this version includes no guardrail"}
+    none = {"requested": False, "run": False, "reason": "not told by the caller"}
     record = {
         "name": name, "spec": spec, "spec_hash": spec_hash, "recipe": recipe, "plan": plan, "model": model,
         "checkpoint": checkpoint, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
