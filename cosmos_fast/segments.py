@@ -43,14 +43,31 @@ def words_to_segment(control_prompt: str | None, prompt: str) -> str:
 # --- boxes ---
 
 
-def pick_boxes(scores_Q: np.ndarray, boxes_Q4: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Boxes (N, 4) float32 worth tracking, by descending score; N is 0 when not even the lower threshold helps.
+def detector_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
+    """(height, width) the detector sees for a frame of (width, height): short side `shortest`, long side at most `longest`."""
+    width, height = size
+    short, long = min(size), max(size)
+    exact = longest * short / long if long / short * shortest > longest else shortest
+    side = round(exact)
+    if short == side:
+        return height, width
+    other = int(exact * long / short)
+    return (other, side) if width < height else (side, other)
+
+
+def pick_boxes(
+    scores_Q: np.ndarray,
+    boxes_Q4: np.ndarray,
+    size: tuple[int, int],
+    thresholds: Sequence[float] = BOX_THRESHOLDS,
+) -> np.ndarray:
+    """Boxes (N, 4) float32 worth tracking, by descending score; N is 0 when not even the last threshold helps.
 
     boxes_Q4: centre, width and height as fractions of the frame, as the detector gives them. size: (width,
     height). Nothing is suppressed for overlapping something better. Equal scores keep the detector's order.
     """
     best = np.argsort(-scores_Q, kind="stable")
-    for threshold in BOX_THRESHOLDS:
+    for threshold in thresholds:
         kept = best[scores_Q[best] > threshold]
         if len(kept):
             break
