@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import heapq
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -45,8 +46,8 @@ def patch_grid(height: int, width: int, tokens: int = TOKENS, patch: int = PATCH
     if min(height, width) < 1:
         raise ValueError(f"patch_grid: sizes must be positive, got {height}x{width}.")
     best = (1, 1)
-    steps = {Fraction(patch * n, side) for side in (height, width) for n in range(1, tokens + 1)}
-    for scale in sorted(steps):  # rows and columns change at these factors only, and never shrink
+    steps = ((Fraction(patch * n, side) for n in range(1, tokens + 1)) for side in (height, width))
+    for scale in heapq.merge(*steps):  # rows and columns change at these factors only, and never shrink
         rows, columns = (max(1, math.ceil(scale * side / patch)) for side in (height, width))
         if rows * columns > tokens:
             break
