@@ -35,6 +35,7 @@ from .formats import CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_fr
 from .graphs import Graphed
 from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
+from .makers import Makers
 from .network import Network, Pair, Prompt, Single
 from .network_keys import to_ours
 from .planning import DISTILLED, preflight
@@ -103,7 +104,8 @@ class Engine:
     controls that this package does not make itself. style: a StyleEncoder, or the folder of a published one;
     by default what goes with the checkpoint. chunk_lengths: frames per chunk that the model was trained for,
     by default what its card says, else 93 and 1. guardrails: yours, or whether to screen at all; by default on
-    for published ids and off for other weights. Raises CheckpointError or EnvironmentProblem.
+    for published ids and off for other weights. clip_makers: what computes from the whole clip what neither a file
+    nor `makers` gives; by default the published models. Raises CheckpointError or EnvironmentProblem.
     """
 
     def __init__(
@@ -119,12 +121,14 @@ class Engine:
         style: StyleEncoder | str | Path | None = None,
         chunk_lengths: tuple[int, ...] | None = None,
         guardrails: Guardrails | bool | None = None,
+        clip_makers: Makers | None = None,
     ) -> None:
         self.recipe, self.plan = recipe or Recipe.exact(), plan or Plan()
         self.device = pick_device(self.plan.device)
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
         self.stages = Stages(self.device)
         self.makers = makers
+        self.clip_makers = clip_makers or Makers(self.device, without=makers)
         self.limits = models.limits(checkpoint) | ({"chunk_lengths": chunk_lengths} if chunk_lengths else {})
         self.text = self._open_text(text, checkpoint)
         with self.stages("load"):
@@ -157,6 +161,7 @@ class Engine:
         """
         clip = self.planned(spec)
         watch = self.watch(clip)
+        clip = self.clip_makers.complete(clip)
         for part in self.parts(clip, on_step):
             yield part if watch is None else replace(part, frames=watch.screen(part.frames))
 
@@ -198,11 +203,12 @@ class Engine:
         """The checked plan of a request for the loaded model; SpecError lists everything wrong with it."""
         if isinstance(spec, ClipPlan):
             return spec
-        makers = (*self.makers, *(["style"] if self.style is not None else []))
+        makers = (*self.makers, *self.clip_makers.factories, *(["style"] if self.style is not None else []))
         batch = preflight(
             [spec], self.model, makers=makers, configs={self.model: self.network.config}, recipe=self.recipe,
             plan=self.plan, **self.limits,
         )  # fmt: skip
+        self.clip_makers.check(batch.clips)
         return batch.clips[0]
 
     def schedule(self, clip: ClipPlan) -> sampler.Schedule:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ import torch
 from . import controls
 from .clip_maker import ClipMaker, ClipTask, MakerOptions, NothingFound
 from .clip_plan import ClipPlan
-from .disk_cache import DiskCache, content_key
+from .disk_cache import CACHE_HOME, DiskCache, content_key
 from .formats import CheckpointError, ClipError, CosmosFastError, EnvironmentProblem, MediaError
 from .guards import Stopped
 from .outputs import sha256
@@ -35,7 +35,7 @@ Factory = Callable[[torch.device, MakerOptions], ClipMaker]
 OnMade = Callable[[str, str, int, int], None]
 """Called with (clip, what is made: "depth", "edge.mask_prompt", ..., frames done, frames in all)."""
 
-CACHE_FOLDER: Final = Path("~/.cache/cosmos-fast/controls")
+CACHE_FOLDER: Final = CACHE_HOME / "controls"
 PROMPT_WORDS: Final = 128
 """Words of the prompt that say what to segment, where the request does not."""
 
@@ -82,7 +82,7 @@ class Need:
         return controls.MASK_FILTER if self.maker == "mask" else controls.CONTROL_FILTER[self.control]
 
 
-def needs(clip: ClipPlan) -> list[Need]:
+def _needs(clip: ClipPlan) -> list[Need]:
     """What has to be made of the whole clip: controls without a file, masks that are words alone."""
     found = []
     for name, control in clip.spec.controls.items():
@@ -101,7 +101,8 @@ def needs(clip: ClipPlan) -> list[Need]:
 class Makers:
     """Makes what clips lack, and keeps it. Loads one maker at a time and frees it before it returns.
 
-    cache: where results stay, CACHE_FOLDER by default. factories: as CLIP_MAKERS, to add or replace makers.
+    cache: where results stay, CACHE_FOLDER by default. factories: as CLIP_MAKERS, to replace makers; `without`
+    those of these names, for controls that something else makes.
     """
 
     def __init__(
@@ -110,26 +111,31 @@ class Makers:
         options: MakerOptions | None = None,
         cache: DiskCache | None = None,
         factories: Mapping[str, Factory] = CLIP_MAKERS,
+        without: Collection[str] = (),
     ) -> None:
         self.device, self.options = device, options or MakerOptions()
         self.cache = cache or DiskCache(CACHE_FOLDER)
-        self.factories = factories
+        self.factories = {name: make for name, make in factories.items() if name not in without}
         self._open: dict[str, ClipMaker] = {}
         self._digests: dict[tuple[Path, int, int], str] = {}
         self._used: set[str] = set()
 
+    def needs(self, clip: ClipPlan) -> list[Need]:
+        """What these makers make for a clip; of a complete plan nothing."""
+        return [need for need in _needs(clip) if need.maker in self.factories]
+
     def check(self, clips: Sequence[ClipPlan]) -> None:
         """Raise EnvironmentProblem if a package that these clips need is missing. Reads and downloads nothing."""
-        for need in (need for clip in clips for need in needs(clip)):
+        for need in (need for clip in clips for need in self.needs(clip)):
             self._maker(need.maker)
 
     def identities(self, clip: ClipPlan) -> dict[str, str]:
         """What makes each thing the clip lacks, by its key in the request. May download weights to know."""
-        return {need.label: self._maker(need.maker).identity for need in needs(clip)}
+        return {need.label: self._maker(need.maker).identity for need in self.needs(clip)}
 
     def complete(self, clip: ClipPlan, on_made: OnMade | None = None) -> ClipPlan:
         """The plan with a file for everything; raises what stands in the way. A complete plan comes back as it is."""
-        if not needs(clip):
+        if not self.needs(clip):
             return clip
         made = self.prepare([clip], on_made)[clip.name]
         if isinstance(made, Exception):
@@ -146,7 +152,7 @@ class Makers:
         """
         self.check(clips)
         ready: dict[str, ClipPlan | Exception] = {clip.name: clip for clip in clips}
-        work = [(clip, need) for clip in clips for need in needs(clip)]
+        work = [(clip, need) for clip in clips for need in self.needs(clip)]
         for name in dict.fromkeys(need.maker for clip, need in work if not self._is_cached(need)):
             self._maker(name).locate()
         try:
@@ -265,10 +271,6 @@ class Makers:
 
     def _maker(self, name: str) -> ClipMaker:
         if name not in self._open:
-            if name not in self.factories:
-                raise EnvironmentProblem(
-                    f"{name}: a control or mask without a file needs a maker, got none for {name}."
-                )
             self._open[name] = self.factories[name](self.device, self.options)
         return self._open[name]
 

@@ -26,7 +26,7 @@ DISTILLED = "edge/distilled"
 MODELS = (*CONTROLS, "multi", DISTILLED)
 """Networks a clip can run on: one per control, the four-branch one, and the few-step edge one."""
 
-MAKERS = ("edge", "vis", "style")
+MAKERS = ("edge", "vis", "depth", "seg", "mask", "style")
 """What can be computed here from the input: controls by name, "mask" from a mask_prompt, "style" images."""
 
 
