@@ -46,7 +46,9 @@ def patch_grid(height: int, width: int, tokens: int = TOKENS, patch: int = PATCH
     if min(height, width) < 1:
         raise ValueError(f"patch_grid: sizes must be positive, got {height}x{width}.")
     best = (1, 1)
-    steps = ((Fraction(patch * n, side) for n in range(1, tokens + 1)) for side in (height, width))
+    steps = [
+        map(Fraction, range(patch, patch * (tokens + 1), patch), [side] * tokens) for side in (height, width)
+    ]
     for scale in heapq.merge(*steps):  # rows and columns change at these factors only, and never shrink
         rows, columns = (max(1, math.ceil(scale * side / patch)) for side in (height, width))
         if rows * columns > tokens:
