@@ -7,13 +7,13 @@ started, 3 the environment must change first, 130 or 143 interrupted with the st
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import __version__
+from .cli_controls import controls, open_makers, with_maker_options
 from .cli_options import (
     PATHS,
     checked_batch,
@@ -25,9 +25,7 @@ from .cli_options import (
 )
 from .cli_tools import checkpoint, info, schema
 from .formats import CosmosFastError, MediaError, SpecError
-
-if TYPE_CHECKING:
-    from .clip_plan import ClipPlan
+from .prompts import check_width, made_by, missing_prompts, prepare, text_encoder, text_options, waiting
 
 SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
 TINY_NOTE = (
@@ -70,7 +68,8 @@ def main() -> None:
 @click.option(
     "--vae", help="Video VAE file or folder; default: beside the checkpoint, else the published one."
 )
-@click.option("--text-embeddings", type=PATHS, help="Embeddings of the prompts (tools/make_embeddings.py).")
+@text_options
+@with_maker_options
 @click.option("--recipe", default="exact", show_default=True, help="Precision: exact (bf16) or fp32.")
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
 @click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")
@@ -101,19 +100,21 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         )
     except ValueError as error:
         raise SpecError(str(error)) from None
+    configs = known_configs(options["checkpoint"], options["model"])
     batch, some_invalid, found = checked_batch(
         specs,
         options,
         recipe=recipe,
         plan=plan,
         checkpoint=options["checkpoint"],
-        configs=known_configs(options["checkpoint"], options["model"]),
+        configs=configs,
         **limits(options["checkpoint"]),
     )
     if options["dry_run"]:
         click.echo(batch.as_table())
         sys.exit(1 if some_invalid else 0)
     text = text_encoder(options)
+    check_width(text, configs)
     if options["checkpoint"] is None and not options["quiet"]:
         click.echo(TINY_NOTE, err=True)
     if not options["skip_invalid"] and (missing := missing_prompts(text, batch.clips)):
@@ -125,6 +126,9 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     from .runner import Options, run_batch
 
     def open_engine(model: str) -> Engine:
+        locate(options["checkpoint"], model)  # a network that is missing shows before prompts are encoded
+        clips = waiting(batch.clips, folder, made_with) if options["resume"] else batch.clips
+        prepare(text, clips, stop.check, progress.line)
         engine = Engine(
             options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
         )  # fmt: skip
@@ -136,7 +140,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     def made_with(model: str) -> dict[str, Any]:
         source = locate(options["checkpoint"], model)
         record = source.record(locate_vae(options["vae"], source))
-        return {"recipe": recipe.to_dict(), "checkpoint": record}
+        return {"recipe": recipe.to_dict(), "checkpoint": record, "text": made_by(text)}
 
     with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
         try:
@@ -150,43 +154,6 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     for name in (*summary.skipped, *summary.done):
         click.echo(folder.clip(name).media(next(c.frames for c in batch.clips if c.name == name)))
     sys.exit(1 if summary.failed or some_invalid else 0)
-
-
-def text_encoder(options: dict[str, Any]) -> Any:
-    """The prompt encoder that goes with the checkpoint."""
-    from .models import is_embedded, own_text
-    from .text import FileText
-
-    if options["text_embeddings"] is not None:
-        if is_embedded(options["checkpoint"]):
-            raise SpecError(
-                f"text-embeddings: the tiny model reads prompts itself, got {options['text_embeddings']}. Name the "
-                "weights that the embeddings were made for, e.g. --checkpoint published."
-            )
-        return FileText(options["text_embeddings"])
-    if own := own_text(options["checkpoint"]):
-        return own
-    raise SpecError(
-        "text: this checkpoint needs embeddings of its prompts, got none. Pass --text-embeddings FILE."
-    )
-
-
-def missing_prompts(text: Any, clips: Sequence[ClipPlan]) -> list[str]:
-    """What a file of embeddings does not know, clip by clip; an encoder takes any prompt."""
-    from .text import FileText
-
-    if not isinstance(text, FileText):
-        return []
-    problems = []
-    for clip in clips:
-        has_negative = clip.network_calls > clip.steps * len(clip.chunks)
-        for key in ("prompt", "negative_prompt")[: 1 + has_negative]:
-            if (prompt := getattr(clip.spec, key)) not in text:
-                problems.append(
-                    f"{clip.name}: {key}: must be in {text.path}, got {prompt[:60]!r}. "
-                    "Add it with tools/make_embeddings.py."
-                )
-    return problems
 
 
 @main.command()
@@ -205,7 +172,7 @@ def plan(specs: tuple[Path, ...], as_json: bool, checkpoint: str | None, **optio
     sys.exit(1 if some_invalid else 0)
 
 
-for command in (schema, info, checkpoint):
+for command in (controls, schema, info, checkpoint):
     main.add_command(command)
 
 if __name__ == "__main__":

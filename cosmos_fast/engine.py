@@ -43,6 +43,7 @@ from .recipe import Plan, Recipe
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
+from .text_cache import published_text
 from .vae import VAE, VAEConfig, channels_last_
 
 Progress = Callable[["Step"], None]
@@ -100,7 +101,7 @@ class Engine:
     name, or nothing for the tiny model inside the package. model: which of those ids to load, where the
     checkpoint does not tell; of the tiny one by default "multi". vae: path or id of the video VAE, by default
     the one beside the checkpoint, else the published one. text: a TextEncoder, or the path of an embeddings
-    file; by default the encoder that belongs to the checkpoint, which the published ones lack. makers: for
+    file; by default the encoder beside the checkpoint, else `text_cache.published_text()`. makers: for
     controls that this package does not make itself. style: a StyleEncoder, or the folder of a published one;
     by default what goes with the checkpoint. chunk_lengths: frames per chunk that the model was trained for,
     by default what its card says, else 93 and 1. guardrails: yours, or whether to screen at all; by default on
@@ -130,7 +131,7 @@ class Engine:
         self.makers = makers
         self.clip_makers = clip_makers or Makers(self.device, without=makers)
         self.limits = models.limits(checkpoint) | ({"chunk_lengths": chunk_lengths} if chunk_lengths else {})
-        self.text = self._open_text(text, checkpoint)
+        self.text = self._open_text(text, checkpoint, self.device)
         with self.stages("load"):
             source = models.locate(checkpoint, model)
             vae_path = models.locate_vae(vae, source)
@@ -377,15 +378,13 @@ class Engine:
         return channels_last_(vae) if self.device.type == "cuda" else vae
 
     @staticmethod
-    def _open_text(text: TextEncoder | str | Path | None, checkpoint: Any) -> TextEncoder:
+    def _open_text(
+        text: TextEncoder | str | Path | None, checkpoint: Any, device: torch.device
+    ) -> TextEncoder:
         if isinstance(text, (str, Path)):
             return FileText(text)
         own = models.own_text(checkpoint) if text is None else text
-        if own is None:
-            raise EnvironmentProblem(
-                "text: this checkpoint has no prompt encoder of its own, got none. Pass text= to Engine."
-            )
-        return own
+        return published_text(device=device) if own is None else own
 
     def _check_text(self) -> None:
         width = self.network.config.text_width

@@ -264,11 +264,11 @@ class ClipOutputs:
 
     def redo_reason(
         self, spec_hash: str, *, recipe: Any = None, checkpoint: Any = None, version: str = __version__,
-        is_screened: bool = False,
+        text: Mapping[str, Any] | None = None, is_screened: bool = False,
     ) -> str | None:  # fmt: skip
         """Why the clip must be made (again), or None when it is done.
 
-        `recipe` and `checkpoint` are compared when given. The output file is hashed, so an edit is noticed.
+        `recipe`, `checkpoint` and the keys of `text` are compared when given. The output file is hashed, so an edit is noticed.
         is_screened: guardrails are on, so a clip that was made without them is not done.
         """
         record = self.read_sidecar()
@@ -279,6 +279,7 @@ class ClipOutputs:
             ("version", version, (record.get("versions") or {}).get("cosmos_fast")),
             ("recipe", recipe, record.get("recipe")),
             ("checkpoint", checkpoint, record.get("checkpoint")),
+            ("text", text, text and {key: (record.get("text") or {}).get(key) for key in text}),
         ):
             if now is not None and now != then:
                 return f"{key} changed since it was made"

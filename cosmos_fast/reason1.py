@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import registry
 from .dispatch import pick_device
@@ -103,9 +103,10 @@ class Reason1:
     @property
     def record(self) -> dict[str, Any]:
         """Which encoder this is, for the sidecar."""
+        how = {"precision": self.precision, "mode": self.mode}
         if self.published is not None:
-            return {"encoder": self.published.repo, "revision": self.published.revision, "mode": self.mode}
-        return {"encoder": str(self.folder), "revision": self._fingerprint(), "mode": self.mode}
+            return {"encoder": self.published.repo, "revision": self.published.revision, **how}
+        return {"encoder": str(self.folder), "revision": self._fingerprint(), **how}
 
     @property
     def identity(self) -> dict[str, Any]:

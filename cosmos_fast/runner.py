@@ -26,6 +26,7 @@ from .guardrails import Guardrails, record_off
 from .guards import Claim, FrameChecks, StopFlag, Stopped
 from .outputs import ClipOutputs, OutputFolder
 from .sidecar import build_sidecar
+from .text import describe_encoder
 from .video import Writer, resize, write_image
 
 MOST_DISK_FAILURES = 3
@@ -196,7 +197,7 @@ def make_clip(
         build_sidecar(
             name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
             plan=engine.plan, model=engine.model, checkpoint=engine.files,
-            weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
+            text=describe_encoder(engine.text), weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),
             },

@@ -29,6 +29,7 @@ SIDECAR_KEYS: dict[str, str] = {
     "plan": "device and windows",
     "model": "network kind (edge, vis, depth, seg, multi, edge/distilled)",
     "checkpoint": "path and size of every weight file; resume compares it",
+    "text": "prompt encoder: what and which revision; resume compares it, except its mode and files",
     "weights_sha256": "hash of every weight file",
     "kernels": "implementations that ran, by op",
     "versions": "cosmos_fast, python, torch, ... as in run.json",
@@ -82,7 +83,7 @@ def build_sidecar(
     *, name: str, spec: Mapping[str, Any], spec_hash: str, recipe: Any, plan: Any, model: str,
     checkpoint: Any, seeds: Sequence[int], chunks: Sequence[Any], stages: Mapping[str, Mapping[str, Any]],
     output: Mapping[str, Any], checks: Mapping[str, Any], weights_sha256: Mapping[str, str],
-    kernels: Mapping[str, Sequence[str]], notes: Sequence[str] = (),
+    kernels: Mapping[str, Sequence[str]], text: Mapping[str, Any] | None = None, notes: Sequence[str] = (),
     versions: Mapping[str, Any] | None = None, guardrail: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one finished clip, with exactly the keys of SIDECAR_KEYS; dataclasses become dicts.
@@ -95,7 +96,7 @@ def build_sidecar(
     none = {"requested": False, "run": False, "reason": "not told by the caller"}
     record = {
         "name": name, "spec": spec, "spec_hash": spec_hash, "recipe": recipe, "plan": plan, "model": model,
-        "checkpoint": checkpoint, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
+        "checkpoint": checkpoint, "text": text, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
         "stages": stages, "output": output, "files": {}, "checks": checks, "notes": notes,
         "guardrail": guardrail or none,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

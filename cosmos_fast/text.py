@@ -42,6 +42,12 @@ class TextEncoder(Protocol):
         """One (S, E) floating tensor per prompt, in order; padding rows are part of the result."""
 
 
+def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
+    """Which encoder this is, for a sidecar: its own `record` where it has one, else its class."""
+    record = getattr(encoder, "record", None)
+    return {"encoder": type(encoder).__name__} if record is None else dict(record)
+
+
 def prompt_key(prompt: str) -> str:
     """Name of a prompt in an embedding file: SHA-256 of its UTF-8 bytes."""
     return hashlib.sha256(prompt.encode()).hexdigest()
@@ -65,6 +71,11 @@ class FileText:
             found = shape or sorted(shapes) or "no tensors"
             raise CheckpointError(f"text: tensors in {self.path} must share one shape (S, E), got {found}.")
         self.tokens, self.width = int(shape[0]), int(shape[1])
+
+    @property
+    def record(self) -> dict[str, str]:
+        """Which file this is, and what its writer said about it."""
+        return {"encoder": "file", "path": str(self.path), **self.metadata}
 
     def __contains__(self, prompt: str) -> bool:
         return prompt_key(prompt) in self._keys

@@ -57,6 +57,7 @@ class CachedText:
         self.notes: list[str] = []
         self.tokens, self.width = encoder.tokens, encoder.width
         self._identity = dict(encoder.identity)
+        self._ready: set[str] = set()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -79,12 +80,13 @@ class CachedText:
         removed to keep the cache's limit. Raises EnvironmentProblem when the disk lacks room, and what the
         encoder raises.
         """
-        unique = list(dict.fromkeys(prompts))
+        unique = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ready]
         missing = [prompt for prompt in unique if self._read(prompt) is None]
         if missing:
             report(f"text: encoding {len(missing)} prompts with {self.record.get('encoder')}")
-        for _ in self._made(missing, {self.key(prompt) for prompt in unique}, between):
+        for _ in self._made(missing, {self.key(prompt) for prompt in prompts}, between):
             pass
+        self._ready.update(unique)
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """One (S, E) tensor per prompt, on the CPU; prompts that are not on disk are encoded first."""

@@ -25,11 +25,13 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def plain_model(dtype: torch.dtype = torch.float32, attention: str = "eager") -> Any:
+def plain_model(
+    dtype: torch.dtype = torch.float32, attention: str = "eager", config: dict[str, Any] = CONFIG
+) -> Any:
     """The language model of transformers, with random weights that make every part matter."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextModel
 
-    text = Qwen2_5_VLConfig.from_dict(CONFIG).get_text_config()
+    text = Qwen2_5_VLConfig.from_dict(config).get_text_config()
     text._attn_implementation = attention
     model = Qwen2_5_VLTextModel(text).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

@@ -247,12 +247,6 @@ def test_prompts_without_embeddings_are_found_before_the_start(
     assert none.code == 3 and "must be a safetensors file" in none.err
 
 
-def test_checkpoint_without_text_encoder_asks_for_embeddings(clip: Path, tmp_path: Path) -> None:
-    spec = write_spec(tmp_path, "still", clip, **IMAGE)
-    run = generate("edge", tmp_path / "out", spec)  # type: ignore[arg-type]
-    assert run.code == 2 and "Pass --text-embeddings FILE" in run.err and not (tmp_path / "out").exists()
-
-
 # --- output folder and disk ---
 
 

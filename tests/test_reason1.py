@@ -270,7 +270,9 @@ def test_published_id(hub, folder, name):
     text = Reason1(name, mode="offload", device="cpu", dtype=torch.float32)
     revision = "3210bec0495fdc7a8d3dbb8d58da5711eab4b423"
     assert (text.tokens, text.width) == (512, 28 * 3584) and hub.calls == []
-    assert text.record == {"encoder": "nvidia/Cosmos-Reason1-7B", "revision": revision, "mode": "offload"}
+    assert text.record == {
+        "encoder": "nvidia/Cosmos-Reason1-7B", "revision": revision, "precision": "float32", "mode": "offload",
+    }  # fmt: skip
     assert text.identity["revision"] == revision and hub.calls == []
     assert torch.equal(text.encode(["a"])[0], encoder(folder).encode(["a"])[0])
     assert {(repo, at) for repo, _, at in hub.calls} == {("nvidia/Cosmos-Reason1-7B", revision)}

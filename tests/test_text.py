@@ -210,7 +210,6 @@ def test_the_tool_writes_labelled_noise(tmp_path, capsys):
 def test_the_tool_refuses_bad_requests(tmp_path, capsys):
     out = str(tmp_path / "e.safetensors")
     for arguments, found in (
-        (("--prompt", "A"), "--random"),  # noise must be asked for
         (("--random", "1"), "at least one --prompt"),
         (("--spec", str(tmp_path / "no.json"), "--random", "1"), "no.json"),
         (("--prompt", "A", "--width", "1", "--random", "1"), "width must be"),
