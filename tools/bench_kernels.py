@@ -5,7 +5,7 @@
 Checks the small, odd, empty and production cases of `cosmos_fast.testing` in bf16 against the references; times the
 production ones, candidate by candidate in turn: triton, every built native one (cuda on a GPU), eager (the reference),
 compiled (the reference through torch.compile, as long as its budget lasts). Percentages are of the copy rate measured
-in the same run. --sweep also times other launch choices. Exit status 1 if anything failed; the JSON file is written
+in the same run, or of its 8192-cubed GEMM where arithmetic is the bound (TFLOP/s then). --sweep also times other launch choices. Exit status 1 if anything failed; the JSON file is written
 all the same. --device cpu with TRITON_INTERPRET=1 is a dry run of this script.
 """
 
@@ -40,6 +40,11 @@ FREE_BLOCK = {"gelu", "guided_unipc", "pixels", "normalized"}
 FP32 = {"unpatchify", "guided_unipc"}
 """Ops that the network runs on fp32 tensors; all others run in bf16."""
 
+FLOP: dict[str, Callable[..., int]] = {"linear_gelu": lambda x, w: 2 * x.shape[0] * x.shape[1] * w.shape[0]}
+"""Ops bound by arithmetic: how much of it they need, GELU left out."""
+
+GEMM = 8192
+
 Call = Callable[..., Any]
 
 
@@ -52,7 +57,7 @@ class Run:
         self.sweep: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.checks = 0
-        self.copy_gb_s = float("nan")
+        self.copy_gb_s = self.gemm_tflop_s = float("nan")
         self.flush: torch.Tensor | None = None
 
     @contextmanager
@@ -98,17 +103,28 @@ class Run:
         times = self.times({"copy": target.copy_}, (source,), 4 * size)
         self.copy_gb_s = 4 * size / median(times["copy"]) / 1e6
 
-    def row(self, op: str, case: str, name: str, times: list[float], moved: int) -> dict[str, Any]:
+    def measure_gemm(self) -> None:
+        """On normal data: zeros take less power, so the clock would be higher than any network sees."""
+        size = GEMM if self.device.type == "cuda" else 128
+        a, b = (torch.randn(size, size, device=self.device).to(torch.bfloat16) for _ in range(2))
+        times = self.times({"gemm": torch.mm}, (a, b), 6 * size * size)
+        self.gemm_tflop_s = 2 * size**3 / median(times["gemm"]) / 1e9
+
+    def row(
+        self, op: str, case: str, name: str, times: list[float], moved: int, args: tuple[Any, ...]
+    ) -> dict[str, Any]:
         low, mid, high = quantiles(times, n=4)
         rate = moved / mid / 1e6
         row = {
             "op": op, "case": case, "candidate": name, "ms": mid, "iqr_ms": high - low, "bytes": moved,
             "gb_s": rate, "copy_pct": 100 * rate / self.copy_gb_s,
         }  # fmt: skip
-        print(
-            f"{op:15s} {case:15s} {name:12s} {mid:9.4f} ms {rate:8.0f} GB/s {row['copy_pct']:6.1f} %",
-            flush=True,
-        )
+        told = f"{rate:8.0f} GB/s {row['copy_pct']:6.1f} %"
+        if op in FLOP:
+            row["tflop_s"] = FLOP[op](*args) / mid / 1e9
+            row["gemm_pct"] = 100 * row["tflop_s"] / self.gemm_tflop_s
+            told = f"{row['tflop_s']:8.0f} TFLOP/s {row['gemm_pct']:6.1f} %"
+        print(f"{op:15s} {case:15s} {name:12s} {mid:9.4f} ms {told}", flush=True)
         return row
 
 
@@ -126,7 +142,9 @@ def peers(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
     """Our implementations for such tensors, Triton first: every built native one, also while the table does not choose it."""
     found = {"triton": kernel(op)}
     for candidate in TABLE[op].candidates:
-        if candidate.symbol is not None and candidate.obstacle(device, dtype) is None:
+        if (candidate.symbol is not None or candidate.name == "composed") and candidate.obstacle(
+            device, dtype
+        ) is None:
             found[candidate.name] = candidate.load()
     return found
 
@@ -153,7 +171,7 @@ def production(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
                 run.check(f"{op} {case.name} {name}", op, call, args)
             moved = testing.nbytes(op, args, testing.as_tuple(calls["triton"](*args)))
             timed = run.times({**calls, "eager": getattr(reference, op)}, args, moved)
-            run.rows += [run.row(op, case.name, name, times, moved) for name, times in timed.items()]
+            run.rows += [run.row(op, case.name, name, times, moved, args) for name, times in timed.items()]
             del args
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -167,7 +185,7 @@ def compiled(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
         plain = torch.compile(getattr(reference, op), dynamic=False)
         moved = testing.nbytes(op, args, testing.as_tuple(kernel(op)(*args)))
         timed = run.times({"triton": kernel(op), "compiled": plain}, args, moved)
-        run.rows.append(run.row(op, case.name, "compiled", timed["compiled"], moved))
+        run.rows.append(run.row(op, case.name, "compiled", timed["compiled"], moved, args))
         run.rows[-1]["triton_in_turn_ms"] = median(timed["triton"])
 
 
@@ -187,7 +205,7 @@ def sweep(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
             with run.guarded(f"{op} {config}"):
                 timed = run.times({"": lambda *a, c=config: call(*a, config=c)}, args, moved)
                 label = f"{config.block}/{config.warps}"
-                run.sweep.append(run.row(op, case.name, label, timed[""], moved))
+                run.sweep.append(run.row(op, case.name, label, timed[""], moved, args))
 
 
 def fixed_block(op: str, args: tuple[Any, ...]) -> int:
@@ -228,6 +246,7 @@ def main() -> int:
     run, start = Run(options.device), time.perf_counter()
     try:
         run.measure_copy()
+        run.measure_gemm()
         print(f"copy {run.copy_gb_s:.0f} GB/s on {environment(run)['gpu']}", flush=True)
         for op in ops:
             production(run, op, group, kinds[op])
@@ -239,7 +258,8 @@ def main() -> int:
         )
         if options.sweep:
             for op in ops:
-                sweep(run, op, group, kinds[op])
+                if op not in FLOP:  # tools/tune_linear_gelu.py compares tiles, under sustained load
+                    sweep(run, op, group, kinds[op])
         since = time.perf_counter()
         for op in ops:
             if time.perf_counter() - since > options.compile_budget:
@@ -251,7 +271,7 @@ def main() -> int:
         traceback.print_exc()
     finally:
         body = {
-            "environment": environment(run), "copy_gb_s": run.copy_gb_s, "checks": run.checks,
+            "environment": environment(run), "copy_gb_s": run.copy_gb_s, "gemm_tflop_s": run.gemm_tflop_s, "checks": run.checks,
             "seconds": time.perf_counter() - start, "rows": run.rows, "sweep": run.sweep, "failures": run.failures,
         }  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)
