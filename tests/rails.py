@@ -25,7 +25,7 @@ def make_blocklist(folder: Path) -> Path:
     """Lists of a few words; NLTK data that knows one plural and no abbreviations."""
     _lines(folder / "custom" / "words", "grobnik", "flarn", "blister", "")
     _lines(folder / "whitelist" / "words", "blisters")
-    _lines(folder / "exact_match" / "phrases", "red herring", "zorp", "", "Quaxolotl")
+    _lines(folder / "exact_match" / "phrases", "red herring", "zorp", "", "Quaxolotl", "wubble!", "zop!")
     punkt = folder / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
     for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
         _lines(punkt / name)
