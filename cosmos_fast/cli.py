@@ -119,6 +119,8 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         click.echo(TINY_NOTE, err=True)
     if not options["skip_invalid"] and (missing := missing_prompts(text, batch.clips)):
         raise SpecError(f"{len(missing)} prompts without embeddings", missing)
+    makers = open_makers(options)
+    makers.check(batch.clips)
     folder = OutputFolder(output_folder(options["folder"], found))
     from .engine import Engine
     from .models import locate, locate_vae
@@ -131,6 +133,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         prepare(text, clips, stop.check, progress.line)
         engine = Engine(
             options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
+            clip_makers=makers,
         )  # fmt: skip
         folder.write_run(
             environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
@@ -145,8 +148,8 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
         try:
             summary = run_batch(
-                batch, open_engine, folder, options=Options(options["codec"], options["resume"], made_with),
-                stop=stop, progress=progress.step, report=progress.line,
+                batch, open_engine, folder, options=Options(options["codec"], options["resume"], made_with, makers=makers),
+                stop=stop, progress=progress.step, on_made=progress.made, report=progress.line,
             )  # fmt: skip
         except Stopped as stopped:
             progress.line(str(stopped))

@@ -257,7 +257,8 @@ class Makers:
         if (found.frames, found.size) != expected:
             raise MediaError(f"{path}: must have {expected}, got {(found.frames, found.size)}.")
         self._used.add(path.name)
-        return found
+        # The cache moves the time of an entry at every use, and never changes its content.
+        return replace(found, mtime_ns=0)
 
     def _key(self, need: Need) -> str:
         source = need.task.source

@@ -265,10 +265,11 @@ class ClipOutputs:
     def redo_reason(
         self, spec_hash: str, *, recipe: Any = None, checkpoint: Any = None, version: str = __version__,
         text: Mapping[str, Any] | None = None, is_screened: bool = False,
+        made: Any = None,
     ) -> str | None:  # fmt: skip
         """Why the clip must be made (again), or None when it is done.
 
-        `recipe`, `checkpoint` and the keys of `text` are compared when given. The output file is hashed, so an edit is noticed.
+        `recipe`, `checkpoint`, `made` and the keys of `text` are compared when given. The output file is hashed, so an edit is noticed.
         is_screened: guardrails are on, so a clip that was made without them is not done.
         """
         record = self.read_sidecar()
@@ -279,6 +280,7 @@ class ClipOutputs:
             ("version", version, (record.get("versions") or {}).get("cosmos_fast")),
             ("recipe", recipe, record.get("recipe")),
             ("checkpoint", checkpoint, record.get("checkpoint")),
+            ("maker of a control", made, record.get("made")),
             ("text", text, text and {key: (record.get("text") or {}).get(key) for key in text}),
         ):
             if now is not None and now != then:

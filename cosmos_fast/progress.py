@@ -52,6 +52,19 @@ class Progress:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
+    def made(self, name: str, what: str, done: int, total: int) -> None:
+        """Called after every frame of a control that is computed from the whole clip, and every chunk saved."""
+        where = f"clip {self.clips.get(name, '?')}/{len(self.clips)} {name} {what} {done}/{total}"
+        self._bar.set_description(where)
+        now = time.monotonic()
+        if (
+            not self.is_terminal
+            and not self.quiet
+            and (now - self._last >= QUIET_LINES_S or done == total)
+        ):
+            self._last = now
+            print(where, file=sys.stderr, flush=True)
+
     def line(self, text: str) -> None:
         """One line about a clip, above the bar."""
         if self.is_terminal and not self.quiet:

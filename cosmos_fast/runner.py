@@ -12,22 +12,22 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import controls, dispatch
+from . import dispatch
 from .clip_plan import BatchPlan, ClipPlan
-from .engine import Engine, Part, Progress, Step
+from .engine import Engine, Progress, Step
 from .formats import ClipError, CosmosFastError, EnvironmentProblem, Refused
 from .guardrails import Guardrails, record_off
 from .guards import Claim, FrameChecks, StopFlag, Stopped
+from .makers import Makers, OnMade
+from .media_files import Media
 from .outputs import ClipOutputs, OutputFolder
 from .sidecar import build_sidecar
 from .text import describe_encoder
-from .video import Writer, resize, write_image
 
 MOST_DISK_FAILURES = 3
 """Clips in a row that may fail because the output folder refuses, before the batch stops."""
@@ -49,13 +49,14 @@ class Options:
 
     made_with: what a kept clip must have been made with besides its spec, by model: its recipe and weight
     files as the sidecar records them. guardrails: what screens the prompts before any model is loaded; pass the
-    same to the engines.
+    same to the engines. makers: what computes missing controls and masks, also before any model is loaded.
     """
 
     codec: str = "libx264"
     resume: bool = False
     made_with: Callable[[str], dict[str, Any]] = lambda model: {}
     guardrails: Guardrails | None = None
+    makers: Makers | None = None
 
 
 def run_batch(
@@ -66,13 +67,16 @@ def run_batch(
     options: Options,
     stop: StopFlag,
     progress: Progress | None = None,
+    on_made: OnMade | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Summary:
     """Make every clip of a checked batch, one model after another so that each is loaded once.
 
-    report gets one line per clip. Raises Stopped when asked to stop; everything finished stays finished.
+    report gets one line per clip, on_made one call per frame of a computed control. Raises Stopped when asked to
+    stop; everything finished stays finished.
     """
     summary, disk_failures = Summary(), 0
+    prepared: dict[str, ClipPlan | Exception] | None = None
     for model in dict.fromkeys(clip.model for clip in batch.clips):
         waiting = [clip for clip in batch.clips if clip.model == model]
         engine: Engine | None = None
@@ -88,17 +92,19 @@ def run_batch(
                     continue
                 held.enter_context(claim)
                 # Asked with the claim held: another process may have finished the clip a moment ago.
-                is_screened = options.guardrails is not None
-                if options.resume and (
-                    (reason := outputs.redo_reason(clip.spec.hash(), is_screened=is_screened, **made_with))
-                    is None
-                ):
+                reason = redo_reason(clip, outputs, options, made_with) if options.resume else ""
+                if reason is None:
                     summary.skipped.append(clip.spec.name)
                     report(f"{clip.spec.name}: already done")
                     continue
                 if options.resume and outputs.sidecar.exists():
                     report(f"{clip.spec.name}: made again: {reason}")
                 fault = blocked(options.guardrails, batch, clip)
+                if fault is None and prepared is None:
+                    prepared = prepare(batch, folder, options, stop, on_made)
+                if fault is None and prepared is not None:
+                    ready = prepared.get(clip.name, clip)
+                    clip, fault = (clip, ready) if isinstance(ready, Exception) else (ready, None)
                 if fault is None:
                     engine = engine or open_engine(model)
                     try:
@@ -126,6 +132,40 @@ def run_batch(
         del engine
         gc.collect()
     return summary
+
+
+def redo_reason(
+    clip: ClipPlan, outputs: ClipOutputs, options: Options, made_with: dict[str, Any]
+) -> str | None:
+    """Why a clip must be made (again), or None when it is done."""
+    made = options.makers.identities(clip) if options.makers is not None else {}
+    is_screened = options.guardrails is not None
+    return outputs.redo_reason(clip.spec.hash(), is_screened=is_screened, made=made or None, **made_with)
+
+
+def prepare(
+    batch: BatchPlan, folder: OutputFolder, options: Options, stop: StopFlag, on_made: OnMade | None
+) -> dict[str, ClipPlan | Exception]:
+    """Plans with files for every control, or why there is none, by clip; only of clips that will be made."""
+
+    def on_frame(clip: str, what: str, done: int, total: int) -> None:
+        stop.check()
+        if on_made is not None:
+            on_made(clip, what, done, total)
+
+    makers = options.makers
+    if makers is None:
+        return {}
+    clips = [clip for clip in batch.clips if makers.needs(clip)]
+    for model in dict.fromkeys(clip.model for clip in clips):
+        options.made_with(model)  # finds the weights: what is missing shows before controls are made
+    if options.resume:
+        done = (
+            redo_reason(c, folder.clip(c.name), options, options.made_with(c.model)) is None for c in clips
+        )
+        clips = [clip for clip, is_done in zip(clips, done, strict=True) if not is_done]
+    clips = [clip for clip in clips if blocked(options.guardrails, batch, clip) is None]
+    return makers.prepare(clips, on_frame)
 
 
 def blocked(guardrails: Guardrails | None, batch: BatchPlan, clip: ClipPlan) -> Exception | None:
@@ -178,7 +218,7 @@ def make_clip(
     checks = FrameChecks(clip.spec.name, clip.frames, clip.output_size, seams=[int(s) for s in seams])
     seeds = []
     watch = engine.watch(clip)
-    with Media(clip, outputs, options) as media:
+    with Media(clip, outputs, options.codec) as media:
         for part in engine.parts(clip, on_step):
             with engine.stages("write"):
                 pictures = media.pictures(part)
@@ -197,7 +237,7 @@ def make_clip(
         build_sidecar(
             name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
             plan=engine.plan, model=engine.model, checkpoint=engine.files,
-            text=describe_encoder(engine.text), weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
+            text=describe_encoder(engine.text), made=clip.made, weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),
             },
@@ -205,84 +245,3 @@ def make_clip(
         ),
         files=files, claim=claim,
     )  # fmt: skip
-
-
-@dataclass
-class Pictures:
-    """One chunk at output size, (F, H, W, 3) uint8: the result alone, the input, what the main file shows, the
-    controls. guided: (F, H, W) float at model size, or None."""
-
-    result: np.ndarray
-    source: np.ndarray
-    shown: np.ndarray
-    controls: dict[str, np.ndarray]
-    guided: np.ndarray | None
-
-
-class Media:
-    """The files of one clip while they are written: the result, its controls, its guided mask.
-
-    Leaving the `with` block before `close` aborts them all: no file appears under its final name.
-    """
-
-    def __init__(self, clip: ClipPlan, outputs: ClipOutputs, options: Options) -> None:
-        self.clip, self.outputs, self.options = clip, outputs, options
-        self.size = (clip.output_size[0] * (1 + clip.tiles), clip.output_size[1])
-        self._open: dict[Path, Writer] = {}
-        self._images: dict[Path, np.ndarray] = {}
-
-    def pictures(self, part: Part) -> Pictures:
-        """One chunk as it will be written, all at output size."""
-        spec = self.clip.spec
-        fit = {name: self._fit(self._shown(part, name)) for name in part.controls}
-        result, source = self._fit(part.frames), self._fit(part.source)
-        panels = [*fit.values()] if spec.show_control_condition else []
-        panels += [source] if spec.show_input else []
-        return Pictures(result, source, controls.side_by_side([*panels, result]), fit, part.guided)
-
-    def write(self, pictures: Pictures) -> None:
-        """Append one chunk to every file."""
-        self._append(self.outputs.media(self.clip.frames), pictures.shown)
-        for name, frames in pictures.controls.items():
-            self._append(self.outputs.control(name, self.clip.frames), frames)
-        if pictures.guided is not None:
-            grey = (pictures.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
-            self._append(self.outputs.guided_mask(self.clip.frames), grey)
-
-    @staticmethod
-    def _shown(part: Part, name: str) -> np.ndarray:
-        control, mask = part.controls[name], part.masks.get(name)
-        return control if mask is None else controls.masked_preview(control, mask)
-
-    def _fit(self, frames: np.ndarray) -> np.ndarray:
-        return resize(frames, self.clip.output_size, "lanczos")
-
-    def _append(self, path: Path, frames: np.ndarray) -> None:
-        if self.clip.frames == 1:
-            self._images[path] = frames[0]
-            return
-        if path not in self._open:
-            size = (frames.shape[2], frames.shape[1])
-            self._open[path] = Writer(path, size, self.clip.fps, codec=self.options.codec)
-        self._open[path].write(frames)
-
-    def close(self) -> list[Path]:
-        """Finish, reopen and count every file, the result last; returns those beside it."""
-        main = self.outputs.media(self.clip.frames)
-        beside = [path for path in (*self._open, *self._images) if path != main]
-        for path in (*beside, main):
-            if path in self._open:
-                self._open[path].close()
-            else:
-                write_image(path, self._images[path])
-        return beside
-
-    def __enter__(self) -> Media:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            for writer in self._open.values():
-                writer.abort()

@@ -30,6 +30,7 @@ SIDECAR_KEYS: dict[str, str] = {
     "model": "network kind (edge, vis, depth, seg, multi, edge/distilled)",
     "checkpoint": "path and size of every weight file; resume compares it",
     "text": "prompt encoder: what and which revision; resume compares it, except its mode and files",
+    "made": "what made each control and mask that came without a file from the whole clip; resume compares it",
     "weights_sha256": "hash of every weight file",
     "kernels": "implementations that ran, by op",
     "versions": "cosmos_fast, python, torch, ... as in run.json",
@@ -85,6 +86,7 @@ def build_sidecar(
     output: Mapping[str, Any], checks: Mapping[str, Any], weights_sha256: Mapping[str, str],
     kernels: Mapping[str, Sequence[str]], text: Mapping[str, Any] | None = None, notes: Sequence[str] = (),
     versions: Mapping[str, Any] | None = None, guardrail: Mapping[str, Any] | None = None,
+    made: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one finished clip, with exactly the keys of SIDECAR_KEYS; dataclasses become dicts.
 
@@ -96,7 +98,7 @@ def build_sidecar(
     none = {"requested": False, "run": False, "reason": "not told by the caller"}
     record = {
         "name": name, "spec": spec, "spec_hash": spec_hash, "recipe": recipe, "plan": plan, "model": model,
-        "checkpoint": checkpoint, "text": text, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
+        "checkpoint": checkpoint, "text": text, "made": made or {}, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
         "stages": stages, "output": output, "files": {}, "checks": checks, "notes": notes,
         "guardrail": guardrail or none,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -125,7 +125,8 @@ class Source:
 
     def _check_unchanged(self) -> None:
         info = stat_regular(self._path)
-        if (info.st_size, info.st_mtime_ns) != (self.probe.file_bytes, self.probe.mtime_ns):
+        time = self.probe.mtime_ns and info.st_mtime_ns
+        if (info.st_size, time) != (self.probe.file_bytes, self.probe.mtime_ns):
             raise MediaError(f"{self._path}: must not change after its probe, got another size or time.")
 
 

@@ -46,7 +46,7 @@ class Probe:
 
     width, height: display size in pixels, upright with square pixels. fps: exact; 1 for images.
     notes: everything odd that was found or decided. corrupt: frames damaged, undecodable or missing
-    (only with on_corrupt="warn"; else they are an error).
+    (only with on_corrupt="warn"; else they are an error). mtime_ns: 0 where the time of change says nothing.
     """
 
     kind: Literal["video", "image"]

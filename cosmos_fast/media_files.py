@@ -1,0 +1,160 @@
+"""The files that a clip leaves: its result, its controls, its masks. All appear complete or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import controls
+from .clip_plan import ClipPlan
+from .inputs import ClipInputs
+from .outputs import ClipOutputs
+from .video import Writer, resize, write_image
+
+if TYPE_CHECKING:
+    from .engine import Part
+
+
+class Files:
+    """Files of `frames` frames each, grown side by side: videos, or images where there is one frame.
+
+    Leaving the `with` block before `close` aborts them all: no file appears under its final name.
+    """
+
+    def __init__(self, frames: int, fps: Fraction, codec: str) -> None:
+        self.frames, self.fps, self.codec = frames, fps, codec
+        self._open: dict[Path, Writer] = {}
+        self._images: dict[Path, np.ndarray] = {}
+
+    def append(self, path: Path, frames_FHW3: np.ndarray) -> None:
+        if self.frames == 1:
+            self._images[path] = frames_FHW3[0]
+            return
+        if path not in self._open:
+            size = (frames_FHW3.shape[2], frames_FHW3.shape[1])
+            self._open[path] = Writer(path, size, self.fps, codec=self.codec)
+        self._open[path].write(frames_FHW3)
+
+    def publish(self, last: Path | None = None) -> list[Path]:
+        """Finish, reopen and count every file, `last` last; returns the others."""
+        beside = [path for path in (*self._open, *self._images) if path != last]
+        for path in (*beside, *([] if last is None else [last])):
+            if path in self._open:
+                self._open[path].close()
+            else:
+                write_image(path, self._images[path])
+        return beside
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for writer in self._open.values():
+                writer.abort()
+
+
+@dataclass
+class Pictures:
+    """One chunk at output size, (F, H, W, 3) uint8: the result alone, the input, what the main file shows, the
+    controls. At model size: guided (F, H, W) float, or None; masks, those made from words, (F, H, W) bool."""
+
+    result: np.ndarray
+    source: np.ndarray
+    shown: np.ndarray
+    controls: dict[str, np.ndarray]
+    guided: np.ndarray | None
+    masks: dict[str, np.ndarray]
+
+
+class Media(Files):
+    """The files of one clip while they are written: the result, its controls and masks, its guided mask."""
+
+    def __init__(self, clip: ClipPlan, outputs: ClipOutputs, codec: str) -> None:
+        super().__init__(clip.frames, clip.fps, codec)
+        self.clip, self.outputs = clip, outputs
+        self.size = (clip.output_size[0] * (1 + clip.tiles), clip.output_size[1])
+
+    def pictures(self, part: Part) -> Pictures:
+        """One chunk as it will be written, all at output size."""
+        spec = self.clip.spec
+        fit = {name: self._fit(self._shown(part, name)) for name in part.controls}
+        result, source = self._fit(part.frames), self._fit(part.source)
+        panels = [*fit.values()] if spec.show_control_condition else []
+        panels += [source] if spec.show_input else []
+        return Pictures(
+            result,
+            source,
+            controls.side_by_side([*panels, result]),
+            fit,
+            part.guided,
+            from_words(self.clip, part.masks),
+        )
+
+    def write(self, pictures: Pictures) -> None:
+        """Append one chunk to every file."""
+        self.append(self.outputs.media(self.clip.frames), pictures.shown)
+        for name, frames in pictures.controls.items():
+            self.append(self.outputs.control(name, self.clip.frames), frames)
+        if pictures.guided is not None:
+            grey = (pictures.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
+            self.append(self.outputs.guided_mask(self.clip.frames), grey)
+        for name, mask in pictures.masks.items():
+            self.append(self.outputs.mask(name, self.clip.frames), as_frames(mask))
+
+    @staticmethod
+    def _shown(part: Part, name: str) -> np.ndarray:
+        control, mask = part.controls[name], part.masks.get(name)
+        return control if mask is None else controls.masked_preview(control, mask)
+
+    def _fit(self, frames: np.ndarray) -> np.ndarray:
+        return resize(frames, self.clip.output_size, "lanczos")
+
+    def close(self) -> list[Path]:
+        """Publish every file, the result last; returns those beside it."""
+        return self.publish(self.outputs.media(self.clip.frames))
+
+    def __enter__(self) -> Media:
+        return self
+
+
+class ControlFiles(Files):
+    """The controls and masks of one clip alone, at working size, as `ClipInputs` reads or makes them.
+
+    Controls are whole: a mask is a file of its own here, not painted into its control.
+    """
+
+    def __init__(self, clip: ClipPlan, outputs: ClipOutputs, codec: str) -> None:
+        super().__init__(clip.frames, clip.fps, codec)
+        self.clip, self.outputs = clip, outputs
+
+    def save(self, on_chunk: Callable[[int, int], None]) -> list[Path]:
+        """Write every file; `on_chunk` is called with (chunks done, chunks in all) and may raise, to stop."""
+        with ClipInputs(self.clip) as inputs:
+            for index, chunk in enumerate(self.clip.chunks, start=1):
+                given = inputs.read(chunk)
+                for name, frames in given.controls.items():
+                    self.append(self.outputs.control(name, self.frames), frames[chunk.kept])
+                for name, mask in given.masks.items():
+                    self.append(self.outputs.mask(name, self.frames), as_frames(mask[chunk.kept]))
+                on_chunk(index, len(self.clip.chunks))
+        return self.publish()
+
+    def __enter__(self) -> ControlFiles:
+        return self
+
+
+def from_words(clip: ClipPlan, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of a clip's masks those that no file gave."""
+    given = {name for name, control in clip.spec.controls.items() if control.mask_path is not None}
+    return {name: mask for name, mask in masks.items() if name not in given}
+
+
+def as_frames(mask_FHW: np.ndarray) -> np.ndarray:
+    """Black and white frames (F, H, W, 3) uint8 of a bool mask."""
+    return (mask_FHW[..., None] * np.uint8(255)).repeat(3, axis=3)
