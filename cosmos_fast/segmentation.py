@@ -98,7 +98,7 @@ class Segmenter:
     def make(self, task: ClipTask, on_frame: OnFrame) -> Iterator[np.ndarray]:
         """Windows (n, H, W, 3) uint8 at the source's size, once all frames are tracked. See ClipMaker."""
         if not task.text.strip():
-            raise SpecError(f"{self.kind}: words to segment must not be blank, got {task.text!r}.")
+            raise SpecError(f"words to segment: must not be blank, got {task.text!r}.")
         with MaskStore() as store:
             size = self._track(task, store, on_frame)
             per_window = max(1, min(32, _WINDOW_BYTES // (3 * size[0] * size[1])))
@@ -140,16 +140,17 @@ class Segmenter:
                 raise self._nothing(task, f"any frame searched (every {self.every})")
             if not any(store.areas.values()):
                 raise NothingFound(
-                    f"{self.kind}: objects must cover pixels of {task.source.path}, got {tracks.objects} boxes for "
-                    f"{task.text!r} but no pixel from the tracker. {self._hint}"
+                    f"words to segment: must match pixels, got {tracks.objects} boxes for {task.text!r} but no pixel "
+                    f"from the tracker. {self._hint}"
                 )
             return source.size
 
     def _nothing(self, task: ClipTask, where: str) -> NothingFound:
+        """Names no file: the verdict is kept for every copy of it."""
         first, second = BOX_THRESHOLDS
         return NothingFound(
-            f"{self.kind}: words must match something in {where} of {task.source.path}, got no box above {first}, "
-            f"nor above {second}, for {task.text!r}. {self._hint}"
+            f"words to segment: must match something in {where}, got no box above {first}, nor above {second}, "
+            f"for {task.text!r}. {self._hint}"
         )
 
     @property

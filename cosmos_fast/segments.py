@@ -31,13 +31,7 @@ MAX_OBJECTS: Final = 100
 SAME_OBJECT_IOU: Final = 0.5
 """A box found later belongs to a known object when it overlaps that object's mask or box by this much."""
 
-PROMPT_WORDS: Final = 128
 COLOUR_SEED: Final = 0
-
-
-def words_to_segment(control_prompt: str | None, prompt: str) -> str:
-    """What to segment: the control's own words as they are, else the first 128 words of the request's prompt."""
-    return control_prompt if control_prompt is not None else " ".join(prompt.split()[:PROMPT_WORDS])
 
 
 # --- boxes ---

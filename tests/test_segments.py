@@ -23,7 +23,6 @@ from cosmos_fast.segments import (
     painting_order,
     pick_boxes,
     union,
-    words_to_segment,
 )
 
 SIZE = (8, 6)
@@ -40,17 +39,6 @@ def stored(*masks: dict[int, np.ndarray]) -> MaskStore:
     for frame in masks:
         store.append(frame)
     return store
-
-
-# --- what to look for ---
-
-
-def test_the_prompt_counts_to_its_128th_word_and_the_controls_own_words_count_whole():
-    words = [f"w{i}" for i in range(200)]
-    assert words_to_segment(None, "  ".join(words[:128]) + "\n" + words[128]) == " ".join(words[:128])
-    assert words_to_segment(None, "a  short\tone ") == "a short one"
-    own = "Car. " * 200
-    assert words_to_segment(own, "ignored") == own
 
 
 # --- boxes ---
@@ -243,4 +231,4 @@ def test_a_full_disk_is_a_problem_of_the_machine_and_says_what_to_do():
 
 def test_published_numbers():
     assert segments.BOX_THRESHOLDS == (0.15, 0.10)
-    assert (segments.MAX_OBJECTS, segments.PROMPT_WORDS) == (100, 128)
+    assert segments.MAX_OBJECTS == 100
