@@ -10,6 +10,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from cosmos_fast.formats import SpecError
+
 from .colours import PALETTE
 
 Array = npt.NDArray[np.float64]
@@ -40,6 +42,7 @@ class Scene:
         mocap: body -> (F, 7) position in metres and unit quaternion (w x y z).
         joints: joint -> (F,) radians or metres.
         eye, target: (F, 3) metres, camera and the point it looks at.
+        pixels: texture -> (h, w, 3) picture in [0, 1] that replaces what the XML says.
         fog: whether the distance fades into the haze colour.
     """
 
@@ -53,6 +56,7 @@ class Scene:
     target: Array
     caption: str
     attributes: dict[str, Any]
+    pixels: dict[str, Array] = field(default_factory=dict)
     fog: bool = False
 
 
@@ -63,6 +67,7 @@ class Builder:
     assets: list[str] = field(default_factory=list)
     bodies: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=lambda: ["sky"])
+    pixels: dict[str, Array] = field(default_factory=dict)
 
     def material(
         self, name: str, rgb: Sequence[float], finish: str = "matte", texture: str = "", **extra: Any
@@ -91,6 +96,8 @@ class Builder:
         self, name: str, inside: str, pos: Sequence[float] = (0, 0, 0), yaw: float = 0.0, moves: bool = False
     ) -> None:
         """Adds one instance. yaw in degrees; `moves` makes it a mocap body, posed in each frame."""
+        if len(self.names) == 256:
+            raise SpecError("scene: must hold at most 255 objects, got more. Ask for fewer frames.")
         self.names.append(name)
         mocap = ' mocap="true"' if moves else ""
         self.bodies.append(

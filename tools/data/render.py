@@ -173,6 +173,10 @@ def _passes(
     """Colours, depth, labels; None once the main object is found too small, too large or at the border."""
     mujoco = _mujoco()
     model = mujoco.MjModel.from_xml_string(scene.xml)
+    for texture, picture in scene.pixels.items():
+        slot = model.texture(texture).id
+        first, size = model.tex_adr[slot], picture.size
+        model.tex_data[first : first + size] = np.round(picture * 255.0).astype(np.uint8).ravel()
     data = mujoco.MjData(model)
     gl = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import arm
+from . import arm, street
 from .mjcf import Scene
 
 HELD_OUT = 1_000_000
 """Indices from here on are for evaluation; training uses smaller ones."""
 
-FAMILIES = {"arm": arm.build}
+FAMILIES = {"arm": arm.build, "street": street.build}
 
 
 def build_scene(index: int, seed: int, frames: int, aspect: float, attempt: int = 0) -> Scene:
