@@ -73,6 +73,7 @@ native = [] if MODE == "none" else [Extension("cosmos_fast._C", [], py_limited_a
 setup(
     packages=["cosmos_fast", "cosmos_fast.kernels"],
     package_dir={"cosmos_fast": "cosmos_fast", "cosmos_fast.kernels": "kernels"},
+    package_data={"cosmos_fast": ["data/tiny/*"]},
     ext_modules=native,
     cmdclass={"build_ext": CMakeBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},
