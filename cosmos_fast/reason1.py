@@ -180,12 +180,15 @@ class Reason1:
         turned = self._rotary(states[0], positions)
         depth, width = len(self._weights), states[0].shape[-1]
         results = [torch.empty(TOKENS, depth, width, dtype=self.dtype) for _ in prompts]
-        for n, layer in enumerate(self._layers):
+        n = 0
+        for layer in self._layers:
             for i, x in enumerate(states):
                 # Without a mask this attention is causal over all S tokens, pads included.
                 x = layer(x, attention_mask=None, position_embeddings=turned, use_cache=False)
                 states[i] = x
                 results[i][:, n] = normalized(self._norm(x) if n == depth - 1 else x)[0].cpu()
+            n += 1
+            del layer  # before the next one is on the device; enumerate would hold it too
         for prompt, result in zip(prompts, results, strict=True):
             if not bool(torch.isfinite(result).all()):
                 raise CheckpointError(

@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,22 @@ def test_what_stays_on_the_device(folder, monkeypatch):
         assert first == 36 + 2 and len(reads) == again  # 12 weights in 3 layers, final norm, embedding rows
         reads.clear()
         assert len(text._layers.kept) == kept
+
+
+@pytest.mark.parametrize(("mode", "most"), [("offload", 0), ("bf16", 2)])
+def test_offload_holds_one_layer_at_a_time(folder, monkeypatch, mode, most):
+    made, alive = [], []
+    plain = Layers._filled
+
+    def filled(self, *given):
+        alive.append(sum(layer() is not None for layer in made))
+        layer = plain(self, *given)
+        made.append(weakref.ref(layer))
+        return layer
+
+    monkeypatch.setattr(Layers, "_filled", filled)
+    encoder(folder, mode).encode(PROMPTS)
+    assert len(alive) == 3 and max(alive) == most
 
 
 def test_close_frees_and_the_next_call_loads_again(folder):

@@ -183,7 +183,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_text_cache import Fake, embedding, opened
 import torch
-for turn in range(40):
+for turn in range(25):
     text = opened(sys.argv[2], limit=500)
     prompts = [f"prompt {(turn + k) % 5}" for k in range(2)]
     for prompt, found in zip(prompts, text.encode(prompts)):
