@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .cli_controls import controls, open_makers, with_maker_options
+from .cli_guards import guard_options, open_guardrails, open_style
 from .cli_options import (
     PATHS,
     checked_batch,
@@ -70,6 +71,7 @@ def main() -> None:
 )
 @text_options
 @with_maker_options
+@guard_options
 @click.option("--recipe", default="exact", show_default=True, help="Precision: exact (bf16) or fp32.")
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
 @click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")
@@ -121,6 +123,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         raise SpecError(f"{len(missing)} prompts without embeddings", missing)
     makers = open_makers(options)
     makers.check(batch.clips)
+    style, guardrails = open_style(options, batch.clips), open_guardrails(options)
     folder = OutputFolder(output_folder(options["folder"], found))
     from .engine import Engine
     from .models import locate, locate_vae
@@ -133,7 +136,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         prepare(text, clips, stop.check, progress.line)
         engine = Engine(
             options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
-            clip_makers=makers,
+            clip_makers=makers, style=style, guardrails=guardrails or options["guardrails"],
         )  # fmt: skip
         folder.write_run(
             environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
@@ -148,7 +151,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
         try:
             summary = run_batch(
-                batch, open_engine, folder, options=Options(options["codec"], options["resume"], made_with, makers=makers),
+                batch, open_engine, folder, options=Options(options["codec"], options["resume"], made_with, guardrails, makers),
                 stop=stop, progress=progress.step, on_made=progress.made, report=progress.line,
             )  # fmt: skip
         except Stopped as stopped:

@@ -80,13 +80,14 @@ def checked_batch(
     specs: tuple[Path, ...], options: dict[str, Any], *, checkpoint: str | None, **preflight_options: Any
 ) -> Any:
     """The whole batch, checked without weights or a GPU; SpecError lists every problem of every clip."""
+    from .cli_guards import offers_style
     from .makers import CLIP_MAKERS
-    from .models import is_embedded
     from .planning import preflight
     from .spec import load_valid_specs
 
     found, problems = load_valid_specs(specs, read_overrides(options))
-    makers = ("edge", "vis", *CLIP_MAKERS, *(("style",) if is_embedded(checkpoint) else ()))
+    has_style = offers_style(checkpoint, options.get("style_encoder"), preflight_options.get("configs"))
+    makers = ("edge", "vis", *CLIP_MAKERS, *(("style",) if has_style else ()))
     batch = preflight(
         found, options["model"], makers=makers, on_corrupt=options["on_corrupt"], strict=False,
         **preflight_options,

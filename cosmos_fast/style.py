@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import registry
-from .disk_cache import DiskCache, content_key
+from .disk_cache import CACHE_HOME, DiskCache, content_key
 from .dispatch import pick_device
 from .formats import CheckpointError, MediaError
 from .resample import pillow_resize
@@ -30,7 +30,7 @@ from .weight_file import open_tensors
 
 TOKENS: Final = 256
 PATCH: Final = 16
-STYLE_CACHE: Final = Path("~/.cache/cosmos-fast/style")
+STYLE_CACHE: Final = CACHE_HOME / "style"
 STYLE_CACHE_BYTES: Final = 1 << 30
 """About 1700 images of the published encoder."""
 

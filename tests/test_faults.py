@@ -226,6 +226,10 @@ def test_offline_without_weights_says_what_to_do(
     spec = write_spec(tmp_path, "still", clip, **IMAGE)
     out = tmp_path / "out"
     run = generate("edge", out, spec, "--text-embeddings", embeddings)  # type: ignore[arg-type]
+    assert run.code == 3 and "Cosmos-Guardrail1" in run.err and "--no-guardrails" in run.err
+    assert not out.exists()
+    unscreened = ("--text-embeddings", embeddings, "--no-guardrails")
+    run = generate("edge", out, spec, *unscreened)  # type: ignore[arg-type]
     assert run.code == 3 and "give the path of a local copy" in run.err and "Cosmos-Transfer2.5" in run.err
     assert not results(out) and leftovers(out) == []
 

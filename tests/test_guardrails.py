@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rails
 import torch
-from system import CHUNK, clip_of, leftovers, open_engine, request
+from system import CHUNK, clip_of, generate, leftovers, open_engine, request, write_spec
 
 from cosmos_fast import guardrails_faces as faces
 from cosmos_fast import guardrails_text
@@ -677,6 +677,41 @@ def test_faces_are_covered_in_what_is_written(
     written = media.read(tmp_path / "street.mp4")
     assert written[:, :, :20].mean() < 8 < written[:, :, 40:].mean()
     assert json.loads((tmp_path / "street.json").read_text())["guardrail"]["video"]["faces"] == CHUNK
+
+
+# --- from the command line ---
+
+
+def test_switch_of_the_command_line(
+    models: Path, clip: Path, tmp_path: Path, opened: Guardrails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guardrails, "open", classmethod(lambda cls, device=None: opened))
+    good, bad = (
+        write_spec(tmp_path, "good", clip, **IMAGE),
+        write_spec(tmp_path, "bad", clip, prompt="a grobnik"),
+    )
+    for switch, reason in (((), OFF_FOR_OWN_WEIGHTS), (("--no-guardrails",), OFF_BY_REQUEST)):
+        out = tmp_path / str(len(switch))
+        assert generate(models, out, good, *switch).code == 0
+        assert json.loads((out / "good.json").read_text())["guardrail"]["reason"] == reason
+    run = generate(models, tmp_path / "on", good, bad, "--guardrails")
+    assert run.code == 1 and [path.name for path in run.paths] == ["good.jpg"]
+    assert "bad: refused: guardrails: prompt is blocked by the blocklist" in run.err
+    assert json.loads((tmp_path / "on" / "good.json").read_text())["guardrail"]["run"] is True
+
+
+def test_missing_parts_end_the_command_before_anything_starts(
+    models: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(guardrails_text.metadata, "version", version)
+    run = generate(models, tmp_path / "out", write_spec(tmp_path, "good", clip, **IMAGE), "--guardrails")
+    assert (
+        run.code == 3 and "pip install 'cosmos-fast[guardrails]'" in run.err and "--no-guardrails" in run.err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 # --- as a library ---

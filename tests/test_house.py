@@ -33,7 +33,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     ),
     5: ("sampler cache graphs", ""),
     6: ("engine", "planning clip_plan inputs costs models makers"),
-    7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_tools"),
+    7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools"),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
 NOUNS = {name for nouns, _ in LAYERS.values() for name in nouns.split()}

@@ -16,7 +16,7 @@ import system
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from system import clip_of, open_engine, request
+from system import clip_of, generate, open_engine, request, write_spec
 
 from cosmos_fast import style as module
 from cosmos_fast.disk_cache import DiskCache
@@ -331,6 +331,39 @@ def test_networks_without_image_context_refuse_a_style(models256: Path, tower: P
         SpecError, match="must not be set for this checkpoint, got 0. It takes no style image"
     ):
         older.planned(request(clip, context_frame_index=0))
+
+
+def test_command_line_takes_an_encoder_and_finds_its_faults_first(
+    models256: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = clip_of(tmp_path / "street.mp4", 5)
+    styled = write_spec(tmp_path, "styled", clip, **IMAGE, context_frame_index=0)
+    cache = ("--cache-dir", tmp_path / "cache")
+    run = generate(models256, tmp_path / "out", styled, "--style-encoder", tower, *cache)
+    assert run.code == 0 and len(list((tmp_path / "cache" / "style").iterdir())) == 1, run.err
+    plain = write_spec(tmp_path, "plain", clip, **IMAGE)
+    run = generate(models256, tmp_path / "out", plain, "--style-encoder", tmp_path / "nowhere", *cache)
+    assert run.code == 0, run.err  # no clip needs it
+    run = generate(models256, tmp_path / "no", styled, "--style-encoder", tmp_path / "nowhere", *cache)
+    assert run.code == 3 and "must be an existing folder" in run.err and not (tmp_path / "no").exists()
+    run = generate(models256, tmp_path / "no", styled, *cache)
+    assert (
+        run.code == 2 and "No encoder for style images" in run.err
+    )  # weights of another width than published
+
+
+def test_command_line_offers_style_where_it_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cosmos_fast import cli_guards
+    from cosmos_fast.config import NetworkConfig
+
+    published, own = {"edge": NetworkConfig.single()}, {"edge": system.smallest("edge")}
+    assert cli_guards.offers_style(
+        None, None, own
+    )  # the tiny model inside the package has an encoder of its own
+    assert cli_guards.offers_style("published", None, {}) and cli_guards.offers_style("x", None, published)
+    assert cli_guards.offers_style("x", "folder", own) and not cli_guards.offers_style("x", None, own)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not cli_guards.offers_style("published", None, {}) and cli_guards.offers_style(None, None, own)
 
 
 def test_published_networks_get_the_published_encoder_unread(models256: Path) -> None:
