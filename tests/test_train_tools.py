@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import system
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools" / "train"))
 
+import base_stage  # noqa: E402
 import clips as train_clips  # noqa: E402
+import control_stage  # noqa: E402
+import distill_stage  # noqa: E402
+import latents_stage  # noqa: E402
 import train  # noqa: E402
 from base_stage import build  # noqa: E402
 from forward import Forward, Hint, branch_from_base, initialise, make_network  # noqa: E402
 from optimise import Optimiser, orthogonalised  # noqa: E402
+from recording import Run  # noqa: E402
 from sizes import Sizes  # noqa: E402
 from vae_forward import Passes, publish_, standardise_  # noqa: E402
+from vae_stage import trained  # noqa: E402
 
 from cosmos_fast import controls, ops, sampler  # noqa: E402
-from cosmos_fast.network import ControlBranch, Network, Single  # noqa: E402
+from cosmos_fast.network import ControlBranch, Network, Pair, Single  # noqa: E402
 from cosmos_fast.vae import VAE  # noqa: E402
 from cosmos_fast.vae_keys import VAEConfig  # noqa: E402
 
@@ -123,7 +132,7 @@ def test_fresh_branches_add_nothing_and_learn() -> None:
 
 
 def build_toy() -> tuple[Network, torch.nn.Module]:
-    run = train.Run(Path("unused"), Path("unused"), TOY, device="cpu", is_compiled=False)
+    run = Run(Path("unused"), Path("unused"), TOY, device="cpu", is_compiled=False)
     network, text = build(run)
     return randomised(network), text  # type: ignore[return-value]
 
@@ -183,3 +192,128 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_finite() -> None:
     weight.grad, bias.grad = torch.full((4, 4), float("nan")), torch.ones(4)
     optimiser.step(1.0)
     assert bool(weight.isfinite().all()) and bool(bias.isfinite().all())
+
+
+# ----------------------------------------------------------------------------- velocity, signs and times
+
+
+def constant_latents(frames: int = 2) -> latents_stage.Latents:
+    """Clips that all show one constant latent, with controls of noise."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 5, 16, frames, 4, 4, generator=generator)
+    z[:, 0] = torch.randn(16, generator=generator)[:, None, None, None]
+    style = torch.zeros(4, 2, TOY.image_tokens, TOY.image_width).bfloat16()
+    black = torch.zeros(4, 5, dtype=torch.bool)
+    return latents_stage.Latents(z.bfloat16(), style, black, ["a red square"] * 4, 3)
+
+
+def toy_run(out: Path, steps: int, **changes: Any) -> Run:
+    defaults: dict[str, Any] = {"batch": 4, "device": "cpu", "is_compiled": False, "warmup": 5}
+    return Run(out, out / "clips", TOY, steps=steps, **(defaults | changes))
+
+
+def test_what_is_learnt_comes_back_through_the_production_samplers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong sign, time scale or parametrisation anywhere between training and sampling fails here."""
+    latents, grid = constant_latents(), (2, 4, 4)
+    for stage in (base_stage, control_stage, distill_stage):
+        monkeypatch.setattr(stage, "measure", lambda *a: None)
+    base_stage.train(toy_run(tmp_path, 130), latents)
+    network, text = base_stage.load(toy_run(tmp_path, 130))
+    prompt, mask = text.encode(["a red square"])[0], torch.zeros(2)
+    noise, x0 = sampler.noise(3, (1, 16, *grid)), latents.signal("rgb", torch.tensor([0])).float()
+    schedule = sampler.base_schedule(12)
+    held = network.read_controls([None], [0.0], grid, mask)
+    tables = network.tabulate(sampler.base_times(schedule))
+    contexts = network.prepare([network.read_prompt(prompt)] * 2, held, tables, grid, mask)
+    x = sampler.sample(Pair(network, *contexts), noise, schedule, guidance=3.0, dtype=torch.float32)
+    assert float((x - x0).std() / x0.std()) < 0.3
+
+    control_stage.train(toy_run(tmp_path, 4), latents)
+    distill_stage.train(toy_run(tmp_path, 40, batch=8), latents)
+    student = distill_stage.load(toy_run(tmp_path, 40))
+    few = sampler.distilled_schedule(4)
+    edge = latents.signal("edge", torch.tensor([0]))[0].float()
+    held = student.read_controls([edge], [1.0], grid, mask)
+    tables = student.tabulate(sampler.distilled_times(few, 2, 0))
+    (ctx,) = student.prepare([student.read_prompt(prompt)], held, tables, grid, mask)
+    y = sampler.sample_distilled(Single(student, ctx), noise, few, dtype=torch.float32)
+    assert float((y - x0).std() / x0.std()) < 0.4
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_stage, "measure", lambda *a: None)
+    latents = constant_latents()
+    base_stage.train(toy_run(tmp_path / "whole", 8, log_every=1), latents)
+    base_stage.train(toy_run(tmp_path / "killed", 8, log_every=1, stop=3), latents)
+    base_stage.train(toy_run(tmp_path / "killed", 8, log_every=1), latents)
+    whole, killed = (lines(tmp_path / name / "keep/logs/base.jsonl") for name in ("whole", "killed"))
+    assert [row["step"] for row in killed] == list(range(1, 9))
+    assert [row["loss"] for row in killed] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+
+
+def test_a_run_goes_on_from_its_averaged_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_stage, "measure", lambda *a: None)
+    latents = constant_latents()
+    base_stage.train(toy_run(tmp_path / "here", 40, log_every=40), latents)
+    shutil.copytree(tmp_path / "here" / "keep", tmp_path / "there" / "keep")
+    base_stage.train(toy_run(tmp_path / "there", 42, log_every=1), latents)
+    first, *later = lines(tmp_path / "there/keep/logs/base.jsonl")
+    assert [row["step"] for row in later] == [41, 42]
+    assert later[-1]["loss"] < first["loss"]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------ the whole chain
+
+
+@pytest.fixture(scope="module")
+def trained_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("train")
+    moving_shapes(out / "clips", 12)
+    run = Run(out, out / "clips", TOY, steps=6, batch=8, device="cpu", is_compiled=False, warmup=2, log_every=2)
+    train.run_stages(run, list(train.STAGES), {})
+    return out
+
+
+def test_every_stage_learns_and_leaves_logs_and_pictures(trained_out: Path) -> None:
+    for stage in ("vae", "base", "control", "distill"):
+        rows = lines(trained_out / "keep" / "logs" / f"{stage}.jsonl")
+        assert rows[-1]["step"] == 6
+        assert stage in ("control", "distill") or rows[-1]["loss"] < rows[0]["loss"]
+        assert (trained_out / "keep" / "samples" / f"{stage}.png").stat().st_size > 1000
+    assert not list(trained_out.rglob("*.part"))
+
+
+def test_latents_are_those_of_the_production_vae(trained_out: Path) -> None:
+    run = Run(trained_out, trained_out / "clips", TOY, device="cpu")
+    latents, clips = latents_stage.read(run), train_clips.load(trained_out / "clips", "cpu")
+    assert latents.captions == clips.captions
+    for name in ("rgb", "seg"):
+        x = train_clips.pixels(clips.frames(name, torch.tensor([1])), torch.float32)
+        z = trained(run).encode(x)
+        torch.testing.assert_close(latents.signal(name, torch.tensor([1])).float(), z, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("model", ["edge", "multi", "edge/distilled"])
+def test_the_exported_model_makes_a_clip(trained_out: Path, tmp_path: Path, model: str) -> None:
+    video = system.clip_of(tmp_path / "clip.mp4", 5, (64, 64))
+    engine = system.open_engine(trained_out / "model", model)
+    others = {"vis": {}, "edge": {}} if model == "multi" else {}
+    result = engine.generate(system.request(video, num_steps=1, **others))
+    assert result.frames.shape[0] == 5 and result.frames.dtype == np.uint8
+    assert engine.notes == () or model == "multi"
+    assert not any("differ" in note for note in engine.notes)  # the four files share one base
+
+
+def test_options_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "vae", "--data", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "vea", "--minutes", "1", "--data", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="make_dataset"):
+        train.main(["--stage", "vae", "--minutes", "1", "--data", str(tmp_path), "--out", str(tmp_path)])

@@ -61,7 +61,7 @@ def train(run: Run, latents: Latents) -> None:
     forward = Forward(network, run.is_compiled)
     prompts = Prompts(text, latents.captions, run.device)
     named = base_names(network) | {f"text.{n}": w for n, w in text.named_parameters()}
-    trainer = Trainer(run, "base", named, lr=3e-3, lr_plain=1e-3, decay=0.01)
+    trainer = Trainer(run, "base", named, lr=4e-3, lr_plain=4e-3, decay=0.01)
     trainer.resume()
     batch = run.batch or 64
 

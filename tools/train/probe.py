@@ -27,8 +27,13 @@ from torch import Tensor, nn  # noqa: E402
 from cosmos_fast.lowbit import read_packed, write_packed  # noqa: E402
 
 WEIGHTS = Path(__file__).resolve().parent / "probe.safetensors"
-CLASSES = ("background", "table", "robot arm", "thing")
-"""What a pixel may show: what the segment painting leaves black, the table, the arm, and everything else."""
+CLASSES = ("background", "surface", "robot arm", "roadside", "thing")
+"""What a pixel may show: what the segment painting leaves black, what things stand on, the arm, houses and trees,
+and everything else: objects and vehicles."""
+
+NAMES = {"table": "surface", "road": "surface", "pavement": "surface", "robot arm": "robot arm"}
+ROADSIDE = ("building", "house", "tree", "lamp", "rock", "hill", "bush", "fence", "post", "roof")
+"""First words of the label names of what stands beside a road."""
 
 WIDTHS = (24, 40, 64, 96)
 
@@ -37,13 +42,14 @@ def class_table(names: Sequence[str], background: Sequence[int]) -> np.ndarray:
     """Class of each label id, (256,) uint8."""
     table = np.zeros(256, np.uint8)
     for label, name in enumerate(names):
-        table[label] = CLASSES.index(name) if name in CLASSES else len(CLASSES) - 1
+        kind = "roadside" if name.split()[0] in ROADSIDE else NAMES.get(name, "thing")
+        table[label] = CLASSES.index(kind)
     table[list(background)] = 0
     return table
 
 
 class Probe(nn.Module):
-    """U-Net of four scales, 0.8 million parameters: (B, 3, H, W) in [-1, 1] -> depth (B, H, W), classes (B, 4, H, W).
+    """U-Net of four scales, 0.8 million parameters: (B, 3, H, W) in [-1, 1] -> depth (B, H, W), classes (B, 5, H, W).
 
     H and W are multiples of 16. Depth is inverse and of no fixed scale; compare it after a linear fit.
     """

@@ -22,7 +22,6 @@ from sizes import Sizes
 from torch import Tensor, nn
 
 LOG_EVERY = 20
-WARMUP_STEPS = 100
 # Shape of the running average: 7 weights the last eighth of the steps so far, at any length of run.
 AVERAGE_POWER = 7.0
 
@@ -46,6 +45,7 @@ class Run:
     is_compiled: bool = True
     save_every_s: float = 60.0
     log_every: int = LOG_EVERY
+    warmup: int = 100
 
     @property
     def work(self) -> Path:
@@ -190,7 +190,7 @@ class Trainer:
 
     def factor(self, progress: float) -> float:
         """Share of the learning rate: warm-up, constant, and down to a tenth over the last third of the time."""
-        warm = min(1.0, (self.step - self.warm_from + 1) / WARMUP_STEPS)
+        warm = min(1.0, (self.step - self.warm_from + 1) / self.run.warmup)
         return warm * (1 - 0.9 * max(0.0, progress - 0.65) / 0.35)
 
     @torch.no_grad()

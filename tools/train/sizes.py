@@ -35,7 +35,7 @@ class Sizes:
     def toy(cls) -> Sizes:
         """A model that learns a step in milliseconds on one core."""
         return cls(
-            vae_base=4, width=48, heads=2, blocks=2, control_every=1, adaln_rank=8, text_dim=16, vocabulary=64,
+            vae_base=4, width=96, heads=1, blocks=2, control_every=1, adaln_rank=8, text_dim=16, vocabulary=64,
             text_width=16, text_tokens=8, image_tokens=4, frames=5,
         )  # fmt: skip
 

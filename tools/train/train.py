@@ -33,6 +33,7 @@ STAGES = ("vae", "latents", "base", "control", "distill", "export")
 def prepare() -> None:
     """Settings of the whole process."""
     torch.set_float32_matmul_precision("high")
+    torch.set_flush_denormal(True)  # fresh branches make tiny gradients, and denormals are slow on a CPU
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.cache_size_limit = 64
 

@@ -112,17 +112,17 @@ def finish(run: Run, clips: Clips, trainer: Trainer) -> VAE:
     vae = build(run).requires_grad_(False)
     vae.load_state_dict(trainer.average)
     passes = Passes(vae)
-    trained = len(clips) - clips.held_out()
+    first = len(clips) - clips.held_out()
     raw = []
-    for start in range(0, min(trained, 64), 4):
-        index = torch.arange(start, min(start + 4, trained), device=clips.rgb.device)
+    for start in range(0, min(first, 64), 4):
+        index = torch.arange(start, min(start + 4, first), device=clips.rgb.device)
         raw.append(passes.encode(pixels(clips.rgb[index], run.dtype))[0].float().transpose(0, 1).flatten(1))
     flat = torch.cat(raw, dim=1)
     standardise_(vae, flat.mean(1), flat.std(1))
     trainer.save_kept(vae.state_dict(), is_finished=True)
     vae = trained(run)
     rows, errors = [], []
-    index = torch.arange(trained, len(clips), device=clips.rgb.device)[:16]
+    index = torch.arange(first, len(clips), device=clips.rgb.device)[:16]
     for i in index.tolist():
         clip = clips.rgb[i : i + 1]
         z = vae.encode(pixels(clip, torch.float32), window=None)
