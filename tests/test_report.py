@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip")
+NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded")
 README = "# Title\n" + "".join(
     f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
 )
@@ -50,6 +50,17 @@ VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases"
     "ours_encode": {"median_s": 1.5}, "ours_decode": {"median_s": 2.5}, "diffusers_decode": {"median_s": 5.5},
 }}}}  # fmt: skip
 
+SCORE = {"value": 0.75, "weight_0": 0.25, "shuffled": 0.125, "ceiling": 0.875, "gain": 0.8}
+EMBEDDED = {
+    "kind": "embedded", "clips": 24, "environment": environment("2026-01-01T00:00:00"),
+    "embedded": {
+        "controls": {"edge": SCORE, "edge_distilled": SCORE | {"value": 0.7}, "multi_seg": SCORE},
+        "prompt": {"base": {"right": 93, "of": 100}, "distilled": {"right": 88, "of": 100}},
+        "vae_psnr_db": 31.25, "overlap_psnr_db": 33.5,
+    },
+    "goals": [{"metric": "gain.edge", "passed": True}, {"metric": "vae_psnr_db", "passed": False}],
+}  # fmt: skip
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
@@ -60,6 +71,7 @@ def place(tmp_path: Path) -> Path:
         ("a-kernels", KERNELS),
         ("a-vae", VAE),
         ("a-clip", PIPELINE),
+        ("a-embedded", EMBEDDED),
     ):
         (folder / f"{name}.json").write_text(json.dumps(record))
     (tmp_path / "README.md").write_text(README)
@@ -215,3 +227,14 @@ def test_trace_classes_and_shares() -> None:
     assert found.as_dict()["idle_ms"] == 0.5
     with pytest.raises(RuntimeError, match="no kernel was recorded"):
         trace.from_events(events[4:])
+
+
+def test_the_embedded_model_stands_beside_its_baselines_and_misses_are_told(place: Path) -> None:
+    assert report(place).returncode == 0
+    text = (place / "README.md").read_text()
+    assert "| edge F1 | 0.750 | 0.250 | 0.125 | 0.875 | 80 |" in text
+    assert "| colour asked for, four steps | 88 of 100 |" in text and "Goals missed: vae_psnr_db." in text
+    found = figures(place)
+    assert found["edge_f1.base"]["value"] == 0.75 and found["edge_f1.distilled"]["value"] == 0.7
+    assert found["seg_miou.multi"]["value"] == 0.75 and found["edge_gain.base"]["value"] == 0.8
+    assert found["prompt.distilled"]["value"] == 0.88 and found["vae_psnr_db"]["unit"] == "dB"

@@ -32,7 +32,7 @@ CLASSES = ("background", "surface", "robot arm", "roadside", "thing")
 and everything else: objects and vehicles."""
 
 NAMES = {"table": "surface", "road": "surface", "pavement": "surface", "robot arm": "robot arm"}
-ROADSIDE = ("building", "house", "tree", "lamp", "rock", "hill", "bush", "fence", "post", "roof")
+ROADSIDE = ("building", "tree", "lamp", "rock", "hill", "cactus")
 """First words of the label names of what stands beside a road."""
 
 WIDTHS = (24, 40, 64, 96)
