@@ -139,6 +139,10 @@ class Guardrails:
         waiting: dict[str, tuple[Verdict, ...]] = {p: () for p in prompts if p not in self._read}
         if not waiting:
             return
+        self._judge(waiting)
+        _free(self.device)  # the judges are gone with the call above
+
+    def _judge(self, waiting: dict[str, tuple[Verdict, ...]]) -> None:
         for check in self.text_checks():
             for prompt in list(waiting):
                 try:
@@ -157,7 +161,6 @@ class Guardrails:
             if not waiting:
                 break
         self._read |= {prompt: _Read(verdicts) for prompt, verdicts in waiting.items()}
-        _free(self.device)
 
     def admit(self, prompts: Mapping[str, str]) -> dict[str, Any]:
         """The record of a clip's prompts by spec key. Raises Refused for a blocked one, ClipError for an unread one.

@@ -187,6 +187,9 @@ class PromptJudge:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         transformers = need_transformers("guardrails", "guardrails")
+        bars = transformers.utils.logging
+        had_bars = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()  # this package has its own, and --quiet
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -196,6 +199,9 @@ class PromptJudge:
             raise CheckpointError(
                 f"guardrails: {folder} must hold a causal language model and its tokenizer, got: {error}"
             ) from None
+        finally:
+            if had_bars:
+                bars.enable_progress_bar()
         if info["missing_keys"] or info.get("mismatched_keys"):
             missing = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
             raise CheckpointError(f"guardrails: {folder} must hold every weight, got no {missing[0]}.")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,8 @@ import rails
 import torch
 from system import CHUNK, clip_of, generate, leftovers, open_engine, request, write_spec
 
+from cosmos_fast import guardrails, guardrails_text
 from cosmos_fast import guardrails_faces as faces
-from cosmos_fast import guardrails_text
 from cosmos_fast.engine import Engine
 from cosmos_fast.formats import CheckpointError, ClipError, EnvironmentProblem, Refused
 from cosmos_fast.guardrails import OFF_BY_REQUEST, OFF_FOR_OWN_WEIGHTS, Guardrails, Watch, screening
@@ -740,3 +741,18 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_judges_are_freed_after_reading(opened: Guardrails, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    class Heavy(Fake):
+        def __init__(self) -> None:
+            super().__init__("heavy", "bad")
+            made.append(weakref.ref(self))
+
+    alive: list[bool] = []
+    monkeypatch.setattr(Guardrails, "text_checks", lambda self: (Heavy() for _ in range(2)))
+    monkeypatch.setattr(guardrails, "_free", lambda device: alive.extend(ref() is not None for ref in made))
+    opened.read(["good"])
+    assert len(made) == 2 and alive == [False, False]
