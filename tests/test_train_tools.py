@@ -253,7 +253,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch:
     assert [row["loss"] for row in killed] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
 
 
-def test_a_run_goes_on_from_its_averaged_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_from_its_averaged_weights_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base_stage, "measure", lambda *a: None)
     latents = constant_latents()
     base_stage.train(toy_run(tmp_path / "here", 40, log_every=40), latents)
@@ -275,7 +277,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def trained_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("train")
     moving_shapes(out / "clips", 12)
-    run = Run(out, out / "clips", TOY, steps=6, batch=8, device="cpu", is_compiled=False, warmup=2, log_every=2)
+    run = Run(
+        out, out / "clips", TOY, steps=6, batch=8, device="cpu", is_compiled=False, warmup=2, log_every=2
+    )
     train.run_stages(run, list(train.STAGES), {})
     return out
 

@@ -74,7 +74,12 @@ def train(run: Run, latents: Latents) -> None:
         example = noised(x0, generator, run.dtype)
         image = styles(latents, index, generator) if kind[1] < STYLE_SHARE else None
         v = forward(
-            example.z, base_time(example.sigma)[:, None], prompts(index, generator), example.mask, image
+            example.z,
+            base_time(example.sigma)[:, None],
+            prompts(index, generator),
+            example.mask,
+            image,
+            is_rare=x0.shape[2] == 1,
         )
         loss = example.loss(v)
         return {"loss": loss, "with_style" if image is not None else "without_style": loss}

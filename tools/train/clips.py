@@ -55,7 +55,9 @@ class Clips:
         return min(max(least, round(share * len(self))), len(self) // 2)
 
 
-def read(folder: Path, limit: int | None = None) -> tuple[list[dict[str, np.ndarray]], list[dict[str, object]]]:
+def read(
+    folder: Path, limit: int | None = None
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, object]]]:
     """Shards `*.npz` with rgb, depth, labels of n clips each, and a line of JSON per clip in `*.jsonl` beside them."""
     shards, lines = [], []
     count = 0
@@ -71,7 +73,9 @@ def read(folder: Path, limit: int | None = None) -> tuple[list[dict[str, np.ndar
         if limit is not None and count >= limit:
             break
     if not shards:
-        raise SystemExit(f"{folder}: must hold training clips, got none. Make them with tools/data/make_dataset.py.")
+        raise SystemExit(
+            f"{folder}: must hold training clips, got none. Make them with tools/data/make_dataset.py."
+        )
     return shards, lines
 
 

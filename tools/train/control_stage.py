@@ -22,8 +22,8 @@ from cosmos_fast import ops
 from cosmos_fast.formats import CONTROLS
 from cosmos_fast.network import ControlBranch, Network
 
-STYLE_SHARE = 0.3
-TOGETHER = ((1, 0.75), (2, 0.15), (4, 0.10))
+STYLE_SHARE = 0.15
+TOGETHER = ((1, 0.80), (2, 0.12), (4, 0.08))
 """(controls per sample, share of steps)."""
 WEIGHT_SHARE = 0.25
 """Share of samples with one control whose weight is not 1."""
@@ -44,7 +44,9 @@ def build(run: Run, network: Network) -> nn.ModuleDict:
 
 def trained_names(branches: nn.ModuleDict) -> dict[str, nn.Parameter]:
     return {
-        name: weight for name, weight in branches.named_parameters() if not any(part in name for part in FROZEN)
+        name: weight
+        for name, weight in branches.named_parameters()
+        if not any(part in name for part in FROZEN)
     }
 
 
@@ -66,7 +68,9 @@ def dealt(
     names, parts = list(CONTROLS), len(CONTROLS) // together
     if len(index) % parts:
         raise SystemExit(f"control: the batch must be a multiple of {parts}, got {len(index)}.")
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(generator.initial_seed() % 2**63))
+    order = torch.randperm(
+        len(names), generator=torch.Generator().manual_seed(generator.initial_seed() % 2**63)
+    )
     share, hints = len(index) // parts, []
     for k, n in enumerate(order.tolist()):
         rows = slice(k // together * share, (k // together + 1) * share)
@@ -86,7 +90,7 @@ def train(run: Run, latents: Latents) -> None:
     named = trained_names(branches)
     for name, weight in branches.named_parameters():
         weight.requires_grad_(name in named)
-    trainer = Trainer(run, "control", named, lr=2e-3, lr_plain=1e-3)
+    trainer = Trainer(run, "control", named, lr=2e-3, lr_plain=2e-3)
     trainer.resume()
     batch = run.batch or 64
 
@@ -104,7 +108,16 @@ def train(run: Run, latents: Latents) -> None:
         image = styles(latents, index, generator) if draws[2] < STYLE_SHARE else None
         with torch.no_grad():
             embedded = prompts(index, generator)
-        v = forward(example.z, base_time(example.sigma)[:, None], embedded, example.mask, image, hints)
+        is_rare = together > 1 or image is not None or x0.shape[2] == 1
+        v = forward(
+            example.z,
+            base_time(example.sigma)[:, None],
+            embedded,
+            example.mask,
+            image,
+            hints,
+            is_rare=is_rare,
+        )
         loss = example.loss(v)
         return {"loss": loss, f"of_{together}": loss}
 

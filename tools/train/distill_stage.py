@@ -126,7 +126,10 @@ def train(run: Run, latents: Latents) -> None:
         mask[:, 0] = known
         given = mask[:, None, :, None, None]
         hint = Hint(
-            student.control[0], slice(0, batch), latents.signal("edge", index), torch.ones(batch, device=end.device)  # type: ignore[arg-type]
+            student.control[0],
+            slice(0, batch),
+            latents.signal("edge", index),
+            torch.ones(batch, device=end.device),  # type: ignore[arg-type]
         )
         with torch.no_grad():
             embedded = prompts(index)
@@ -150,7 +153,11 @@ def train(run: Run, latents: Latents) -> None:
                 z = (1 - t) * predicted(z, i) + t * noise
         x0 = predicted(z, last)
         error = (x0 - goal) * (1 - given)
-        square = error.square().flatten(1).mean(1) * error[0].numel() / (1 - given).expand_as(error).flatten(1).sum(1)
+        square = (
+            error.square().flatten(1).mean(1)
+            * error[0].numel()
+            / (1 - given).expand_as(error).flatten(1).sum(1)
+        )
         loss = ((square + HUBER**2).sqrt() - HUBER).mean()
         return {"loss": loss, f"mse_step{last}": square.mean()}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from forward import Forward, Hint
+from forward import Hint
 from latents_stage import Latents
 from recording import Run
 from torch import Tensor
@@ -165,5 +165,3 @@ def sampled_distilled(
         lambda z, i: velocity(z, times[i].expand(B, T), text, mask, None, hints),
         noise, schedule, known=given, dtype=run.dtype,
     )  # fmt: skip
-
-

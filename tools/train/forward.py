@@ -79,9 +79,7 @@ def block_step(
     shift, scale, gate = mods[0]
     h = modulated(rows(x), shift, scale).flatten(1, 2)
     q, k, v = mapped(h, p["qkv.weight"]).chunk(3, dim=-1)
-    q, k = (
-        _rotated(_heads(part, p[gain]), cos, sin) for part, gain in ((q, "q_gain"), (k, "k_gain"))
-    )
+    q, k = (_rotated(_heads(part, p[gain]), cos, sin) for part, gain in ((q, "q_gain"), (k, "k_gain")))
     v = v.unflatten(-1, (-1, p["q_gain"].shape[0])).transpose(1, 2)
     x = added(x, gate, mapped(_attended(q, k, v), p["attn_out.weight"]))
 
@@ -169,15 +167,16 @@ class Forward:
         mask: Tensor,
         image: Tensor | None = None,
         hints: Sequence[Hint] = (),
+        is_rare: bool = False,
     ) -> Tensor:
-        """Velocity (B, C, T, H, W) fp32.
+        """Velocity (B, C, T, H, W) fp32. `is_rare`: a shape not worth its own compilation.
 
         z (B, C, T, H, W) in the compute dtype, known frames in place; times (B, R): integers 0..999, or bf16
         for the distilled network; text (B, S, E) embeddings; mask (B, T), 1 on known frames; image (B, I, E')
         features.
         """
         net, grid = self.network, (z.shape[2], z.shape[3], z.shape[4])
-        step = self.block if grid[0] > 1 else block_step  # single images are rare: not worth a compilation
+        step = block_step if is_rare else self.block
         e, a = self.embed_time(times)
         cos, sin = self.rope(grid, z.device)
         text = F.gelu(mapped(text.to(z.dtype), net.text_proj.weight, net.text_proj.bias))
@@ -195,7 +194,10 @@ class Forward:
                 out = mapped(c, branch.after_proj[n].weight, branch.after_proj[n].bias)
                 due[i].append((at, hint.weight[:, None, None] * out.float()))
         for i, block in enumerate(net.blocks):
-            x = step(x, e, a, text, image, cos, sin, block_weights(block))
+            # Before the first hint a frozen base needs no gradient: one block, not worth a graph of its own.
+            is_odd = torch.is_grad_enabled() and not x.requires_grad
+            now = block_step if is_odd else step
+            x = now(x, e, a, text, image, cos, sin, block_weights(block))
             if due.get(i):
                 x = (x.float() + self._summed(due[i], len(x))).to(x.dtype)
 

@@ -51,7 +51,7 @@ class Latents:
 @torch.no_grad()
 def encode(run: Run, clips: Clips) -> Latents:
     """Encode until all is done or the time is up; writes `work/latents/`."""
-    passes = Passes(trained(run), run.is_compiled)
+    passes = Passes(trained(run))
     device, N = clips.rgb.device, len(clips)
     began = time.monotonic()
     size = run.batch or 8
@@ -62,7 +62,11 @@ def encode(run: Run, clips: Clips) -> Latents:
     black: list[Tensor] = []
     generator = run.generator("latents", 0)
     for start in range(0, N, size):
-        if run.minutes is not None and time.monotonic() - began > 60 * run.minutes and start >= clips.held_out():
+        if (
+            run.minutes is not None
+            and time.monotonic() - began > 60 * run.minutes
+            and start >= clips.held_out()
+        ):
             break
         index = torch.tensor(order[start : start + size], device=device)
         B = len(index)
@@ -99,7 +103,7 @@ def encode(run: Run, clips: Clips) -> Latents:
 
 
 def normalised(passes: Passes, x: Tensor) -> Tensor:
-    """What `VAE.encode` gives for the whole clip, through the compiled pass."""
+    """What `VAE.encode` gives for the whole clip, through the fast pass."""
     shift, gain = latent_statistics(passes.vae.config, x)
     return (passes.encode(x)[0] - shift) * gain
 

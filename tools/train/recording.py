@@ -141,7 +141,9 @@ class Trainer:
     def _put(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
         if set(weights) != set(self.named):
             odd = ", ".join(sorted(set(weights) ^ set(self.named))[:10])
-            raise SystemExit(f"{self.stage}: the saved run must have the weights of this one, got others: {odd}.")
+            raise SystemExit(
+                f"{self.stage}: the saved run must have the weights of this one, got others: {odd}."
+            )
         for name, weight in self.named.items():
             weight.copy_(weights[name])
             self.average[name].copy_(average[name])
@@ -232,7 +234,9 @@ def sheet(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
     lines = [np.pad(line, ((0, 2), (0, width - line.shape[1]), (0, 0))) for line in lines]
     picture = np.ascontiguousarray(np.concatenate(lines)[..., ::-1])
     # JPEG inside a PNG name would lie; pictures are small enough after halving.
-    picture = cv2.resize(picture, (picture.shape[1] // 2, picture.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    picture = cv2.resize(
+        picture, (picture.shape[1] // 2, picture.shape[0] // 2), interpolation=cv2.INTER_AREA
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture, [cv2.IMWRITE_PNG_COMPRESSION, 6]):
         raise SystemExit(f"{path}: the picture must be writable, got an error from OpenCV.")

@@ -35,7 +35,8 @@ def prepare() -> None:
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # fresh branches make tiny gradients, and denormals are slow on a CPU
     torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.cache_size_limit = 64
+    torch.backends.cudnn.benchmark_limit = 3  # trying all algorithms of all 3-D convs takes most of a minute
+    torch._dynamo.config.recompile_limit = 64
 
 
 def run_stages(run: Run, stages: list[str], minutes: dict[str, float], limit: int | None = None) -> None:
@@ -56,7 +57,9 @@ def run_stages(run: Run, stages: list[str], minutes: dict[str, float], limit: in
             export.export(own, run.out / "model")
         else:
             latents = latents or latents_stage.read(own)
-            {"base": base_stage, "control": control_stage, "distill": distill_stage}[stage].train(own, latents)  # type: ignore[attr-defined]
+            {"base": base_stage, "control": control_stage, "distill": distill_stage}[stage].train(
+                own, latents
+            )  # type: ignore[attr-defined]
         record(run.keep / "logs" / "stages.jsonl", stage=stage, seconds=round(time.monotonic() - began, 1))
 
 
@@ -71,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--stage", default="all", help=f"all, or some of {','.join(STAGES)}, with commas")
     parser.add_argument("--minutes", default=None, help="per stage: one number, or vae=4,base=5,...")
-    parser.add_argument("--steps", type=int, help="end each stage after so many steps in all, not by the clock")
+    parser.add_argument(
+        "--steps", type=int, help="end each stage after so many steps in all, not by the clock"
+    )
     parser.add_argument("--stop", type=int, help="with --steps: stop earlier, as if killed")
     parser.add_argument("--data", type=Path, required=True, help="folder of tools/data/make_dataset.py")
     parser.add_argument("--out", type=Path, required=True)
@@ -86,8 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [stage for stage in stages if stage not in STAGES]:
         parser.error(f"--stage: must be among {', '.join(STAGES)}, got {', '.join(unknown)}")
     minutes = parse_minutes(args.minutes, stages) if args.minutes else {}
-    if timeless := [s for s in stages if s not in ("export", "latents") and s not in minutes and not args.steps]:
-        parser.error(f"--minutes: must name each stage or --steps be given, got none for {', '.join(timeless)}")
+    if timeless := [
+        s for s in stages if s not in ("export", "latents") and s not in minutes and not args.steps
+    ]:
+        parser.error(
+            f"--minutes: must name each stage or --steps be given, got none for {', '.join(timeless)}"
+        )
     run = Run(
         args.out, args.data, Sizes.named(args.sizes), steps=args.steps, stop=args.stop, batch=args.batch,
         seed=args.seed, device=args.device, is_compiled=not args.eager and args.device.startswith("cuda"),

@@ -16,13 +16,10 @@ from cosmos_fast.vae import VAE, Attention, Down, Residual, Up, latent_statistic
 
 
 def _rms(x: Tensor, gamma: Tensor) -> Tensor:
-    wide = x.float()
-    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
-    return wide * (x.shape[1] ** 0.5 / norm) * gamma.view(-1, *(1,) * (x.ndim - 2))
-
-
-def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    return F.silu(_rms(x, gamma)).to(x.dtype)
+    # The norm is summed in fp32; the products stay in the dtype of x, which halves what a pass moves.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
+    return x * (x.shape[1] ** 0.5 / norm).to(x.dtype) * gamma.to(x.dtype).view(-1, *(1,) * (x.ndim - 2))
 
 
 def _conv(layer: nn.Module, x: Tensor, past: int = 0, **options: object) -> Tensor:
@@ -32,11 +29,10 @@ def _conv(layer: nn.Module, x: Tensor, past: int = 0, **options: object) -> Tens
 
 
 class Passes:
-    """encode and decode of one VAE with gradients. `is_compiled` fuses the norms."""
+    """encode and decode of one VAE with gradients. What comes channels last stays so all the way."""
 
-    def __init__(self, vae: VAE, is_compiled: bool = False) -> None:
+    def __init__(self, vae: VAE) -> None:
         self.vae = vae
-        self.norm_silu = torch.compile(norm_silu, dynamic=True) if is_compiled else norm_silu
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, F, H, W) -> mean and log-variance (B, z, T, h, w), not normalised."""
@@ -57,7 +53,7 @@ class Passes:
 
     def _normed_conv(self, parts: nn.ModuleDict, norm: str, conv: str, x: Tensor) -> Tensor:
         gamma = cast(Tensor, parts[norm].gamma).flatten()
-        return _conv(parts[conv], self.norm_silu(x, gamma), 2, padding=(0, 1, 1))
+        return _conv(parts[conv], F.silu(_rms(x, gamma)), 2, padding=(0, 1, 1))
 
     def _block(self, block: nn.Module, x: Tensor) -> Tensor:
         if isinstance(block, Residual):
@@ -75,9 +71,12 @@ class Passes:
         if block.time_conv is not None and x.shape[2] > 1:
             pairs = _conv(block.time_conv, x[:, :, 1:], 2)
             B, C, T, H, W = x.shape
-            rest = torch.stack(pairs.chunk(2, dim=1), dim=3).reshape(B, C, 2 * (T - 1), H, W)
+            rows = pairs.permute(0, 2, 3, 4, 1).unflatten(-1, (2, C)).permute(0, 1, 4, 2, 3, 5)
+            rest = rows.reshape(B, 2 * (T - 1), H, W, C).permute(0, 4, 1, 2, 3)
             x = torch.cat((x[:, :, :1], rest), dim=2)
-        x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+        B, C, T, H, W = x.shape
+        wide = x.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None].expand(B, T, H, 2, W, 2, C)
+        x = wide.reshape(B, T, 2 * H, 2 * W, C).permute(0, 4, 1, 2, 3)
         return self._spatial(block.resample["1"], x, padding=(0, 1, 1))
 
     @staticmethod
@@ -89,9 +88,11 @@ class Passes:
     @staticmethod
     def _attention(block: Attention, x: Tensor) -> Tensor:
         B, C, T, H, W = x.shape
-        rows = _rms(x, block.norm.gamma.flatten()).to(x.dtype).permute(0, 2, 3, 4, 1).reshape(B * T, 1, H * W, C)
+        rows = _rms(x, block.norm.gamma.flatten()).permute(0, 2, 3, 4, 1).reshape(B * T, 1, H * W, C)
         q, k, v = F.linear(
-            rows, block.to_qkv.weight.flatten(1).to(x.dtype), block.to_qkv.bias.to(x.dtype)  # type: ignore[union-attr]
+            rows,
+            block.to_qkv.weight.flatten(1).to(x.dtype),
+            block.to_qkv.bias.to(x.dtype),  # type: ignore[union-attr]
         ).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v)
         y = F.linear(y, block.proj.weight.flatten(1).to(x.dtype), block.proj.bias.to(x.dtype))  # type: ignore[union-attr]

@@ -52,7 +52,12 @@ def crop(clips: Clips, name: str, count: int, frames: int, side: int, generator:
     rows = y[:, None] + torch.arange(side, device=device)
     columns = x[:, None] + torch.arange(side, device=device)
     times = t[:, None] + torch.arange(frames, device=device)
-    at = (index[:, None, None, None], times[:, :, None, None], rows[:, None, :, None], columns[:, None, None, :])
+    at = (
+        index[:, None, None, None],
+        times[:, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    )
     if name == "rgb":
         out = clips.rgb[at]
     elif name == "seg":
@@ -78,7 +83,7 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 def train(run: Run, clips: Clips) -> VAE:
     """Train until the time is up; returns the averaged VAE, latents normalised."""
     vae = build(run)
-    passes = Passes(vae, run.is_compiled)
+    passes = Passes(vae)
     trainer = Trainer(run, "vae", dict(vae.named_parameters()), lr=2e-3, lr_plain=1e-3)
     trainer.resume()
     longest, largest = clips.rgb.shape[1], min(clips.rgb.shape[2:4]) // 8 * 8
@@ -99,7 +104,7 @@ def train(run: Run, clips: Clips) -> VAE:
         y = passes.decode(z.to(run.dtype))
         fidelity = reconstruction_loss(y, x)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        square = (y[:5 * own].float() - x[:5 * own].float()).square().mean().detach()
+        square = (y[: 5 * own].float() - x[: 5 * own].float()).square().mean().detach()
         return {"loss": fidelity + KL_WEIGHT * kl, "l1": fidelity, "kl": kl, "mse": square / 4}
 
     trainer.train(loss_of)
