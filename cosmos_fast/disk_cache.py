@@ -126,7 +126,7 @@ class DiskCache:
                 if _KEY.fullmatch(file.name) and file.is_file(follow_symlinks=False):
                     state = file.stat()
                     found.append((state.st_mtime, state.st_size, Path(file.path)))
-                elif file.name.startswith(_PART) and _KEY.fullmatch(file.name.rpartition("-")[2]):
+                elif file.name.startswith(_PART) and _KEY.fullmatch(_key_of(file.name)):
                     if time.time() - file.stat().st_mtime > _ABANDONED:
                         os.unlink(file.path)
         return sorted(found)
@@ -158,3 +158,8 @@ class DiskCache:
             f"cache: {self.folder} must be a folder that can be written, got: {error}. "
             "Pass --cache-dir FOLDER."
         )
+
+
+def _key_of(part: str) -> str:
+    """The key in a part's name; a writer that is itself careful puts another .part before the suffix."""
+    return part.rpartition("-")[2].replace(".part.", ".")

@@ -129,6 +129,13 @@ FOLDERS: Final[tuple[PublishedFolder, ...]] = (
         _WEIGHTS,
         "the older tracker, which the published system runs; not pinned there either",
     ),
+    PublishedFolder(
+        "depth-anything-v2-small",
+        "depth-anything/Depth-Anything-V2-Small-hf",
+        "main",
+        _WEIGHTS,
+        "depth of single frames; flickers over a clip",
+    ),
     PublishedFolder("style", "google/siglip2-so400m-patch16-naflex", "main", _ANY, "style images"),
     PublishedFolder(
         "guardrail",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,17 @@ def test_nothing_half_made_stays(clip: Path, bench: Bench) -> None:
     ready = bench.fresh(depth=ClipError("depth: bad")).prepare([planned(clip, depth={})])
     assert isinstance(ready["clip"], ClipError)
     assert list((bench.folder / "cache").iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_after_a_day(clip: Path, bench: Bench) -> None:
+    folder = bench.folder / "cache"
+    folder.mkdir()
+    left = [folder / f".part-1-ab-{'0' * 64}{end}" for end in (".mkv", ".part.mkv")]
+    for path in left:
+        path.write_bytes(b"half")
+        os.utime(path, (1, 1))
+    bench.fresh().complete(planned(clip, depth={}))
+    assert not any(path.exists() for path in left)
 
 
 # --- what goes wrong ---

@@ -299,9 +299,6 @@ def test_table_and_json(media: Path) -> None:
         ({"edge": {"control_path": "still.png"}}, ["edge.control_path", "got 1 frames for 30"]),
         ({"edge": {"control_path": "fast.mp4"}},
          ["edge.control_path: must have the frame rate", "got 20 fps for 16", "20.000 and 16.000"]),
-        ({"depth": {}}, ["depth: control_path is required", "computes depth"]),
-        ({"seg": {}}, ["seg: control_path is required"]),
-        ({"edge": {"mask_prompt": "a cup"}}, ["edge.mask_prompt: mask_path is required", "segments"]),
         ({"num_video_frames_per_chunk": 49}, ["num_video_frames_per_chunk", "(93, 1), got 49"]),
         ({"video_path": "broken.mp4"}, ["video_path: ", "broken.mp4"]),
         ({"edge": {"control_path": "text.mp4"}}, ["edge.control_path: ", "text.mp4"]),
@@ -353,7 +350,12 @@ def test_what_a_model_cannot_do_is_an_error(
 
 def test_missing_makers_can_be_supplied_and_styles_withheld(media: Path) -> None:
     fields = {"depth": {"mask_prompt": "a cup"}}
+    assert one(media, fields=fields).controls == {"depth": None}
     assert one(media, fields=fields, makers=("depth", "mask")).controls == {"depth": None}
+    first, second = problems(media, **fields, options={"makers": ("edge", "vis")})
+    assert "depth: control_path is required, got none. Nothing here computes depth" in first
+    assert "depth.mask_prompt: mask_path is required" in second and "segments" in second
+    assert "seg: control_path is required" in problems(media, seg={}, options={"makers": ("depth",)})[0]
     (found,) = problems(media, image_context_path="still.png", options={"makers": ("edge",)})
     assert "No encoder for style images" in found
     style = one(media, fields={"image_context_path": "still.png"}).style
@@ -380,7 +382,7 @@ def test_every_problem_of_every_clip_is_collected(media: Path) -> None:
         spec(media, "GOOD"),
     ]
     with pytest.raises(SpecError) as caught:
-        preflight(batch)
+        preflight(batch, makers=("edge", "vis"))
     heads = [problem.split(":")[:2] for problem in caught.value.problems]
     assert heads[0] == ["name", " must be unique, capitals aside, got 'good' and 'GOOD'."]
     assert [h[0] + h[1] for h in heads[1:]] == [
@@ -389,7 +391,7 @@ def test_every_problem_of_every_clip_is_collected(media: Path) -> None:
     ]  # fmt: skip
     for problem in caught.value.problems:
         assert problem in str(caught.value)
-    batch_plan = preflight(batch, strict=False)
+    batch_plan = preflight(batch, makers=("edge", "vis"), strict=False)
     assert isinstance(batch_plan, BatchPlan) and [c.name for c in batch_plan.clips] == ["good", "GOOD"]
     assert list(batch_plan.problems) == caught.value.problems
     assert batch_plan.as_table().count("problem: ") == 7
