@@ -78,7 +78,9 @@ class ContentFilter:
 
     def features(self, frames_FHW3: Tensor) -> Tensor:
         """(F, width) image features of unit length; frames (F, H, W, 3) uint8 on the device."""
-        x = pillow_resize(frames_FHW3, (self._side, self._side), "bicubic").permute(0, 3, 1, 2)
+        size = self._side, self._side  # one by one: a frame in float64 is eight times its bytes
+        small = torch.cat([pillow_resize(frame[None], size, "bicubic") for frame in frames_FHW3])
+        x = small.permute(0, 3, 1, 2)
         pooled = self._tower(pixel_values=(x.float() / 255 - 0.5) / 0.5).pooler_output
         return pooled / pooled.norm(dim=-1, keepdim=True)
 

@@ -14,7 +14,7 @@ from .checkpoint import open_checkpoint
 from .config import NetworkConfig
 from .disk_cache import DiskCache
 from .formats import CONTROLS, CheckpointError, SpecError
-from .planning import DISTILLED, MODELS
+from .planning import DISTILLED, MODELS, config_for
 from .spec import Spec
 from .style import STYLE_CACHE, STYLE_CACHE_BYTES, SiglipStyle
 from .text import TinyText
@@ -239,6 +239,9 @@ def local_configs(checkpoint: str | Path | None, model: str) -> dict[str, Networ
             for name in (MODELS if model == "auto" else (model,))
             if name in MODELS
         }
+    name, _, release = str(checkpoint).rpartition("/")
+    if release == "older" and registry.find(str(checkpoint)) is not None:
+        return {name: replace(config_for(name), image_width=None)}  # the first release has no image context
     if checkpoint is None or not Path(checkpoint).expanduser().exists():
         return {}
     if model not in ("auto", *MODELS):

@@ -5,6 +5,7 @@ OpenCV's filters of the same names do not widen when they shrink, so they are no
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Final
@@ -41,6 +42,7 @@ FILTERS: Final[dict[str, tuple[Callable[[float], float], float]]] = {
 }
 
 
+@functools.lru_cache(maxsize=16)
 def _weights(before: int, after: int, filter: str) -> Tensor:
     """(after, before) float64 matrix of whole numbers: row i weighs the pixels that make new pixel i."""
     shape, reach = FILTERS[filter]

@@ -366,6 +366,18 @@ def test_command_line_offers_style_where_it_can_be_made(monkeypatch: pytest.Monk
     assert not cli_guards.offers_style("published", None, {}) and cli_guards.offers_style(None, None, own)
 
 
+def test_the_first_release_is_known_to_take_no_style_image(tmp_path: Path) -> None:
+    from cosmos_fast.models import local_configs
+    from cosmos_fast.planning import preflight
+
+    spec = request(clip_of(tmp_path / "street.mp4", 5), context_frame_index=0, num_video_frames_per_chunk=93)
+    with pytest.raises(
+        SpecError, match="must not be set for this checkpoint, got 0. It takes no style image"
+    ):
+        preflight([spec], configs=local_configs("edge/older", "auto"))
+    assert preflight([spec], configs=local_configs("edge", "auto")).clips[0].style == 0
+
+
 def test_published_networks_get_the_published_encoder_unread(models256: Path) -> None:
     from cosmos_fast.config import NetworkConfig
     from cosmos_fast.models import Located, open_style
