@@ -13,9 +13,9 @@ from .mjcf import (
     Builder,
     Light,
     Scene,
+    bearing,
     box_corners,
     choose,
-    coverage,
     distance_for,
     document,
     geom,
@@ -27,12 +27,14 @@ from .mjcf import (
 )
 
 KINDS = ("cube", "ball", "cylinder", "pyramid", "mug", "bottle")
+FILL = {"cube": 0.85, "ball": 0.6, "cylinder": 0.7, "pyramid": 0.55, "mug": 0.75, "bottle": 0.5}
+"""About how much of its bounding box an object shows, the hand's cover taken off."""
 ACTIONS = ("reaches for", "lifts", "pushes", "carries")
 LIGHTS = (
-    Light("bright light", (0.62, 0.61, 0.58), (0.36, 0.36, 0.37), (0.75, 0.8, 0.86), (0.9, 0.91, 0.92)),
-    Light("warm light", (0.62, 0.53, 0.42), (0.32, 0.28, 0.24), (0.62, 0.5, 0.38), (0.85, 0.74, 0.6)),
-    Light("cool light", (0.47, 0.54, 0.6), (0.29, 0.32, 0.36), (0.45, 0.56, 0.68), (0.7, 0.78, 0.86)),
-    Light("dim light", (0.36, 0.35, 0.34), (0.2, 0.2, 0.21), (0.1, 0.1, 0.13), (0.22, 0.22, 0.25)),
+    Light("bright light", (0.62, 0.61, 0.58), (0.4, 0.4, 0.41), (0.75, 0.8, 0.86), (0.9, 0.91, 0.92)),
+    Light("warm light", (0.66, 0.56, 0.45), (0.4, 0.35, 0.3), (0.62, 0.5, 0.38), (0.85, 0.74, 0.6)),
+    Light("cool light", (0.52, 0.59, 0.66), (0.35, 0.39, 0.44), (0.45, 0.56, 0.68), (0.7, 0.78, 0.86)),
+    Light("dim light", (0.42, 0.41, 0.4), (0.27, 0.27, 0.28), (0.1, 0.1, 0.13), (0.22, 0.22, 0.25)),
 )
 FINISHES = ("matte", "shiny", "striped")
 TABLES = ("wooden", "metal", "stone", "white")
@@ -132,7 +134,7 @@ def _table(build: Builder, kind: str, rng: np.random.Generator) -> None:
                 '<texture name="stone" type="2d" builtin="flat" rgb1="0.9 0.9 0.9" mark="random" random="0.06"'
                 ' markrgb="0.6 0.6 0.6" width="128" height="128"/>'
             )
-        rgb = {"metal": (0.52, 0.55, 0.58), "stone": (0.4, 0.39, 0.37), "white": (0.85, 0.85, 0.84)}[kind]
+        rgb = {"metal": (0.52, 0.55, 0.58), "stone": (0.4, 0.39, 0.37), "white": (0.72, 0.72, 0.71)}[kind]
         finish = "metal" if kind == "metal" else "matte"
         texture = "stone" if kind == "stone" else ""
         plate = build.material("plate", tinted(rgb, rng.uniform(0.92, 1.05)), finish, texture)
@@ -154,12 +156,11 @@ def _room(build: Builder, rng: np.random.Generator) -> None:
     build.body("floor", geom("plane", (6, 6, 0.1), tiles, (0, 0, -0.75)))
     wall = build.material("wall", muted(rng, 0.45, 0.88, 0.3))
     skirting = build.material("skirting", muted(rng, 0.3, 0.9, 0.1))
-    inside = geom("box", (6, 0.05, 2), wall, (0, 1.7, 1.25)) + geom(
-        "box", (6, 0.06, 0.06), skirting, (0, 1.69, -0.69)
-    )
-    inside += geom("box", (0.05, 6, 2), wall, (-3.2, 0, 1.25)) + geom(
-        "box", (0.05, 6, 2), wall, (3.2, 0, 1.25)
-    )
+    # Planes, because they cast no shadow on themselves. The camera never turns round, so three are enough.
+    inside = geom("plane", (6, 2, 0.1), wall, (0, 1.65, 1.25), (90, 0, 0))
+    inside += geom("plane", (2, 6, 0.1), wall, (-3.15, 0, 1.25), (0, 90, 0))
+    inside += geom("plane", (2, 6, 0.1), wall, (3.15, 0, 1.25), (0, -90, 0))
+    inside += geom("box", (6, 0.03, 0.06), skirting, (0, 1.65, -0.69))
     build.body("wall", inside)
 
 
@@ -199,7 +200,7 @@ def build(index: int, seed: int, frames: int, aspect: float, attempt: int = 0) -
     _extras(parts, rng, look, kind, s, taken)
 
     yaw, shoulder, elbow, wrist = _solve(grip, base)
-    eye, target = _camera(rng, held, s, frames, aspect)
+    eye, target = _camera(rng, held, s, FILL[kind], frames, aspect)
     attributes = dict(
         family="arm",
         kind=kind,
@@ -210,21 +211,22 @@ def build(index: int, seed: int, frames: int, aspect: float, attempt: int = 0) -
         light=light.name,
         action=action,
     )
-    article = "an" if colour == "orange" and finish == "" else "a"
     thing, where = f"{finish} {colour} {kind}", f"on a {table} table"
     caption = choose(
         look,
         (
-            f"A robot arm {action} {article} {thing} {where}, {light.name}.",
-            f"In {light.name}, a robot arm {action} {article} {thing} {where}.",
-            f"{article.capitalize()} {thing} {where}; a robot arm {action} it, {light.name}.",
+            f"A robot arm {action} a {thing} {where}, {light.name}.",
+            f"In {light.name}, a robot arm {action} a {thing} {where}.",
+            f"A {thing} {where}; a robot arm {action} it, {light.name}.",
         ),
     )
     pose = np.concatenate(
         [held, np.broadcast_to([np.cos(spin / 2), 0, 0, np.sin(spin / 2)], (frames, 4))], axis=1
     )
     return Scene(
-        xml=document(parts, light, look, extent=1.5, far=14.0, fovy=FOVY, shadow_at=1.0),
+        xml=document(
+            parts, light, look, extent=1.5, far=14.0, fovy=FOVY, shadow_at=0.8, view=bearing(eye, target)
+        ),
         labels=tuple(parts.names),
         main=kind,
         background=frozenset({"sky", "floor", "wall"}),
@@ -244,7 +246,7 @@ def _motion(
     period = rng.uniform(1.5, 1.9)
     ease = (0.5 - 0.5 * np.cos(np.pi * np.arange(frames) / FPS / period))[:, None]
     start = np.array([rng.uniform(-0.12, 0.12), rng.uniform(-0.2, 0.0), s])
-    width = {"mug": 0.85, "cylinder": 0.85, "bottle": 0.72, "ball": 1.0}.get(kind, 1.0) * s
+    width = {"mug": 0.85, "cylinder": 0.85, "bottle": 0.72, "pyramid": 0.5}.get(kind, 1.0) * s
     angle = rng.uniform(0, 2 * np.pi)
     across = np.array([np.cos(angle), np.sin(angle), 0.0]) * rng.uniform(0.12, 0.2)
     still = np.broadcast_to(start, (frames, 3))
@@ -295,15 +297,15 @@ def _extras(
 
 
 def _camera(
-    rng: np.random.Generator, held: Array, s: float, frames: int, aspect: float
+    rng: np.random.Generator, held: Array, s: float, fill: float, frames: int, aspect: float
 ) -> tuple[Array, Array]:
     """Eye and target, (F, 3), at the distance where the object fills a drawn share of the picture."""
-    share = rng.uniform(0.10, 0.2)
+    share = rng.uniform(0.10, 0.19)
     azimuth = np.radians(rng.uniform(-42, 42))
-    elevation = np.radians(rng.uniform(18, 44))
+    elevation = np.radians(rng.uniform(18, 40))
     swing, climb = np.radians(rng.uniform(-13, 13)), np.radians(rng.uniform(-5, 5))
     zoom = rng.uniform(-0.12, 0.12)
-    middle = held.mean(axis=0) + np.array([rng.uniform(-0.3, 0.3) * s * 2, 0.0, rng.uniform(0.2, 0.9) * s])
+    middle = held.mean(axis=0) + np.array([rng.uniform(-0.3, 0.3) * s * 2, 0.0, rng.uniform(-0.1, 0.45) * s])
 
     def eye_at(distance: float, turn: float, up: float) -> Array:
         a, e = azimuth + turn, elevation + up
@@ -313,7 +315,6 @@ def _camera(
     distance = distance_for(
         share * 1.25, lambda d: (eye_at(d, 0, 0), middle), points, FOVY, aspect, 0.35, 3.0
     )
-    assert coverage(points, eye_at(distance, 0, 0), middle, FOVY, aspect) > 0
     phase = np.sin(np.arange(frames) / FPS * np.pi / 2 / 1.6 - np.pi / 4)
     eye = np.stack([eye_at(distance * (1 + zoom * p), swing * p, climb * p) for p in phase])
     follow = 0.35 * (held - held.mean(axis=0))

@@ -166,6 +166,7 @@ def document(
     far: float,
     fovy: float,
     shadow_at: float,
+    view: float,
 ) -> str:
     """MJCF of a whole scene.
 
@@ -173,15 +174,16 @@ def document(
         extent: the scene's size in metres; the near plane lies at 2 % of it.
         far: far plane, metres.
         fovy: vertical field of view, degrees.
-        shadow_at: side of the area that gets shadows, in extents.
+        shadow_at: half side of the area that gets shadows, in extents.
+        view: where the camera looks, radians about z; the key lamp stands behind the camera.
     """
-    azimuth, height = np.radians(rng.uniform(0, 360)), np.radians(rng.uniform(38, 65))
+    azimuth, height = view + np.radians(rng.uniform(-65, 65)), np.radians(rng.uniform(38, 62))
     down = (np.cos(height) * np.cos(azimuth), np.cos(height) * np.sin(azimuth), -np.sin(height))
     strength = rng.uniform(0.9, 1.08)
     key, fill = tinted(light.key, strength), tinted(light.fill, strength)
     return f"""<mujoco><compiler angle="degree"/>
 <statistic extent="{extent}" center="0 0 0"/>
-<visual><global offwidth="4096" offheight="4096" fovy="{fovy:.6g}"/><quality shadowsize="1024" offsamples="4"/>
+<visual><global fovy="{fovy:.6g}"/><quality shadowsize="2048" offsamples="4"/>
 <map znear="0.02" zfar="{far / extent:.6g}" shadowclip="{shadow_at}" fogstart="{0.2 * far / extent:.6g}" fogend="{0.95 * far / extent:.6g}"/>
 <headlight ambient="{numbers(fill)}" diffuse="0.12 0.12 0.12" specular="0 0 0"/>
 <rgba fog="{numbers(light.horizon)} 1" haze="{numbers(light.horizon)} 1"/></visual>
@@ -249,3 +251,9 @@ def turn(yaw: Array | float) -> Array:
     """(..., 4) quaternion of a turn about z, radians."""
     half = np.asarray(yaw, dtype=np.float64) / 2
     return np.stack([np.cos(half), 0 * half, 0 * half, np.sin(half)], axis=-1)
+
+
+def bearing(eye: Array, target: Array) -> float:
+    """Where a camera looks, radians about z, at the middle of its path (F, 3)."""
+    ahead = target[len(target) // 2] - eye[len(eye) // 2]
+    return float(np.arctan2(ahead[1], ahead[0]))

@@ -8,6 +8,7 @@ One GL context per process, made at the first clip; a fork after that cannot use
 from __future__ import annotations
 
 import colorsys
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,6 @@ def seg_control(labels: U8, background: list[int], seed: int, index: int) -> U8:
 
 def _mujoco() -> Any:
     os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
     try:
         import mujoco
     except ImportError as error:
@@ -91,6 +91,16 @@ def _mujoco() -> Any:
             f"rendering: needs the package mujoco, got {error}. Run: pip install mujoco"
         ) from error
     return mujoco
+
+
+def _context_class() -> Any:
+    # By name, not from mujoco.gl_context: that one reads MUJOCO_GL when mujoco is imported, which may be too early.
+    backend = os.environ["MUJOCO_GL"].lower()
+    if backend not in ("egl", "osmesa"):
+        raise EnvironmentProblem(
+            f"rendering: MUJOCO_GL must be egl or osmesa, got {backend!r}. Unset it for egl."
+        )
+    return importlib.import_module(f"mujoco.{backend}").GLContext
 
 
 def open_context(width: int, height: int) -> Any:
@@ -111,9 +121,9 @@ def open_context(width: int, height: int) -> Any:
             _context[3].free()
             _context = None
         try:
-            from mujoco.gl_context import GLContext
-
-            context = GLContext(width, height)
+            context = _context_class()(width, height)
+        except EnvironmentProblem:
+            raise
         except Exception as error:  # each GL binding raises its own types, ImportError and AttributeError too
             raise EnvironmentProblem(
                 f"rendering: MUJOCO_GL={os.environ['MUJOCO_GL']} must open a GL context, got {type(error).__name__}: "
@@ -173,6 +183,7 @@ def _passes(
     """Colours, depth, labels; None once the main object is found too small, too large or at the border."""
     mujoco = _mujoco()
     model = mujoco.MjModel.from_xml_string(scene.xml)
+    model.vis.global_.offwidth, model.vis.global_.offheight = width, height
     for texture, picture in scene.pixels.items():
         slot = model.texture(texture).id
         first, size = model.tex_adr[slot], picture.size

@@ -13,6 +13,7 @@ from .mjcf import (
     Builder,
     Light,
     Scene,
+    bearing,
     box_corners,
     choose,
     distance_for,
@@ -30,12 +31,14 @@ from .vehicles import SIZES, fixed_materials, vehicle
 KINDS = ("car", "van", "truck", "bus")
 PLACES = ("city street", "country road", "suburban street", "desert road")
 LIGHTS = (
-    Light("in bright daylight", (0.66, 0.65, 0.61), (0.4, 0.4, 0.42), (0.25, 0.48, 0.85), (0.74, 0.85, 0.95)),
     Light(
-        "under an overcast sky", (0.3, 0.3, 0.31), (0.56, 0.56, 0.58), (0.58, 0.62, 0.68), (0.8, 0.82, 0.84)
+        "in bright daylight", (0.68, 0.67, 0.63), (0.44, 0.44, 0.46), (0.25, 0.48, 0.85), (0.74, 0.85, 0.95)
     ),
-    Light("at dusk", (0.66, 0.55, 0.44), (0.36, 0.31, 0.31), (0.28, 0.25, 0.45), (0.98, 0.6, 0.36)),
-    Light("at night", (0.3, 0.33, 0.38), (0.24, 0.26, 0.31), (0.01, 0.015, 0.05), (0.07, 0.09, 0.17)),
+    Light(
+        "under an overcast sky", (0.32, 0.32, 0.33), (0.6, 0.6, 0.62), (0.58, 0.62, 0.68), (0.8, 0.82, 0.84)
+    ),
+    Light("at dusk", (0.7, 0.58, 0.46), (0.44, 0.38, 0.37), (0.28, 0.25, 0.45), (0.98, 0.6, 0.36)),
+    Light("at night", (0.34, 0.37, 0.43), (0.3, 0.33, 0.38), (0.01, 0.015, 0.05), (0.07, 0.09, 0.17)),
 )
 FINISHES = ("matte", "shiny")
 LANE, ONCOMING = -1.9, 4.3  # metres from the middle of the road
@@ -138,7 +141,9 @@ def build(index: int, seed: int, frames: int, aspect: float, attempt: int = 0) -
         ),
     )
     return Scene(
-        xml=document(parts, light, look, extent=10.0, far=400.0, fovy=FOVY, shadow_at=1.6),
+        xml=document(
+            parts, light, look, extent=10.0, far=400.0, fovy=FOVY, shadow_at=1.6, view=bearing(eye, target)
+        ),
         labels=tuple(parts.names),
         main=kind,
         background=frozenset({"sky", "ground"}),
