@@ -48,6 +48,9 @@ from tools.data.colours import PALETTE  # noqa: E402
 
 FRAMES, LONG, FPS = 17, 33, 10
 HELD_OUT = 1_000_000
+LONG_CLIP = 998
+"""Number of the clip of two chunks, apart from the others."""
+
 SEED = 0
 MEASURES = {"edge": "edge_f1", "vis": "blur_ssim", "depth": "depth_si_rmse", "seg": "seg_miou"}
 SMALLER_IS_BETTER = {"depth_si_rmse"}
@@ -288,7 +291,7 @@ def jobs_of(count: int, prompts: int, steps: int | None) -> list[Job]:
     jobs = []
     every = tuple(MEASURES.values())
     for k in range(count):
-        other = k + 1  # the last one is the long clip
+        other = (k + 1) % count if count > 1 else LONG_CLIP
         for control in CONTROLS:
             name = MEASURES[control]
             jobs.append(Job(control, k, {control: 1.0}, (k, other), (name,), control, steps=steps))
@@ -401,18 +404,18 @@ def main(argv: list[str] | None = None) -> int:
         data, media = args.data or Path(scratch) / "data", Path(scratch) / "media"
         media.mkdir()
         prepare(data, args.clips)
-        prepare(data, 1, LONG, first=args.clips)
+        prepare(data, 1, LONG, first=LONG_CLIP)
         if args.prepare:
             return 0
         rendered = time.time()
-        for k in range(args.clips + 1):
+        for k in (*range(args.clips), LONG_CLIP):
             write_files(data, media, k)
         where = Where(data, media, args.device, is_gpu, {"folder": args.model_folder, "probe": args.probe})
         jobs = jobs_of(args.clips, args.prompts or (100 if is_gpu else 2), args.steps)
         workers = args.workers or (6 if is_gpu else 1)
         seam_file = args.out.with_suffix(".jpg")
         with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (where,)) as pool:
-            seam = pool.submit(run_seam, args.clips, str(seam_file), args.steps)
+            seam = pool.submit(run_seam, LONG_CLIP, str(seam_file), args.steps)
             ceilings = [pool.submit(run_ceiling, k) for k in range(args.clips)]
             futures = [pool.submit(run_job, job) for job in jobs]
             done = [future.result() for future in futures]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+README, CARD = ROOT / "README.md", ROOT / "cosmos_fast" / "data" / "tiny" / "README.md"
 PEERS = {"diffusers": "diffusers", "diffusers_compiled": "diffusers, blocks compiled"}
 CASES = {"720": "93 frames, 720p", "480": "93 frames, 480p", "image": "1 image, 720p"}
 STEPS = {
@@ -301,6 +302,15 @@ def fill(readme: str, results: list[Results]) -> str:
     return MARK.sub(one, readme)
 
 
+def filled(path: Path, results: list[Results]) -> str:
+    """A file with its tables filled, links to results as they are from there."""
+    up = "../" * (
+        len(path.resolve().parent.relative_to(ROOT).parts) if path.resolve().is_relative_to(ROOT) else 0
+    )
+    text = fill(path.read_text(encoding="utf-8"), results)
+    return text.replace("](bench/results/", f"]({up}bench/results/")
+
+
 # --- headline figures ------------------------------------------------------------------------------
 
 
@@ -383,21 +393,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table differs")
     parser.add_argument("--figures", action="store_true", help="print headline figures as JSON")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=README)
     args = parser.parse_args(argv)
     results = load(args.results)
     if args.figures:
         print(json.dumps(figures(results), indent=1))
         return 0
-    before = args.readme.read_text(encoding="utf-8") if args.readme.exists() else ""
-    after = fill(before, results)
-    if after == before:
-        return 0
-    if args.check:
-        print(f"report: {args.readme.name} differs from the result files. Run: python tools/report.py")
-        return 1
-    args.readme.write_text(after, encoding="utf-8")
-    return 0
+    # The model's card has tables too; a README elsewhere stands alone.
+    files = [args.readme, CARD] if args.readme == README else [args.readme]
+    stale = [
+        path for path in files if path.exists() and filled(path, results) != path.read_text(encoding="utf-8")
+    ]
+    for path in stale:
+        if args.check:
+            print(f"report: {path.name} differs from the result files. Run: python tools/report.py")
+        else:
+            path.write_text(filled(path, results), encoding="utf-8")
+    return 1 if args.check and stale else 0
 
 
 if __name__ == "__main__":
