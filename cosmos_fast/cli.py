@@ -30,7 +30,7 @@ from .prompts import check_width, made_by, missing_prompts, prepare, text_encode
 
 SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
 TINY_NOTE = (
-    "cosmos-fast: no --checkpoint given: the tiny model inside the package makes this (320x192, simulated table scenes). "
+    "cosmos-fast: no --checkpoint given: the tiny model inside the package makes this (320x192, simulated robot arm and street scenes). "
     "--checkpoint published takes the full-size weights."
 )
 
