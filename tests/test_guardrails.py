@@ -302,6 +302,16 @@ def test_only_named_classes_count_and_all_are_recorded() -> None:
     assert sorted(UNSAFE) == [1, 3, 4, 5, 6]
 
 
+def test_the_callers_frames_stay_as_they_are() -> None:
+    def blacken(frames: np.ndarray) -> list[int]:
+        frames[:] = 0
+        return [1] * len(frames)
+
+    given = numbered(1, 5)
+    shown = Watch(4, lambda batch: [0] * len(batch), blacken, {}, {}).screen(given)
+    assert not shown.any() and np.array_equal(given, numbered(1, 5))
+
+
 def test_frames_that_were_not_seen_are_not_safe() -> None:
     one = watch(10, lambda number: 0)
     one.screen(numbered(0, 9))
