@@ -43,9 +43,7 @@ def reason(symbol: str) -> str | None:
 
     if hasattr(torch.ops.cosmos_fast, symbol):
         return None
-    built = build_info()
-    without = ", without CUTLASS" if built.get("cutlass") is False else ""
-    return f"_C has no {symbol} (built with COSMOS_FAST_BUILD={built.get('mode', 'unknown')}{without})"
+    return f"_C has no {symbol} (built with COSMOS_FAST_BUILD={build_info().get('mode', 'unknown')})"
 
 
 def build_info() -> dict[str, Any]:

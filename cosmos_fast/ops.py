@@ -89,7 +89,6 @@ _linear_gelu = define(
     "linear_gelu(Tensor x, Tensor w) -> Tensor",
     operands.check_linear_gelu,
     lambda x, w: x.new_empty(x.shape[0], w.shape[0]),
-    native("cutlass", "linear_gelu_cuda", "cuda", capability=HOPPER, dtypes=HALF[:1]),
     triton("linear_gelu", "linear_gelu", HALF, HOPPER),
     Candidate("composed", lambda: _linear_then_gelu),
 )

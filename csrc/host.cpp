@@ -20,11 +20,6 @@ py::dict build_info() {
 #ifdef USE_CUDA
   info["archs"] = BUILD_ARCHS;
   info["nvcc"] = BUILD_NVCC;
-#ifdef COSMOS_FAST_CUTLASS
-  info["cutlass"] = true;
-#else
-  info["cutlass"] = false;
-#endif
 #endif
   return info;
 }

@@ -10,9 +10,6 @@
 #ifdef USE_CUDA
 #include "norm_rope.h"
 #endif
-#ifdef COSMOS_FAST_CUTLASS
-#include "linear_gelu.h"
-#endif
 
 namespace cosmos_fast {
 namespace {
@@ -228,36 +225,6 @@ std::tuple<Tensor, Tensor> qk_norm_rope_cuda(Tensor qkv, Tensor q_gain, Tensor k
 }
 #endif
 
-#ifdef COSMOS_FAST_CUTLASS
-Tensor linear_gelu_cuda(Tensor x, Tensor w) {
-  const char* op = "linear_gelu";
-  for (const Tensor& operand : {x, w})
-    STD_TORCH_CHECK(operand.dim() == 2 && operand.is_contiguous() && operand.is_cuda() &&
-                        operand.scalar_type() == ScalarType::BFloat16 &&
-                        reinterpret_cast<uintptr_t>(operand.data_ptr()) % 16 == 0,
-                    op,
-                    ": x and w must be contiguous bfloat16 (L, D) and (M, D) that start on 16 bytes, got ",
-                    operand.dim(), " dimensions of ", type_name(operand.scalar_type()), ".");
-  const int64_t L = x.size(0), D = x.size(1), M = w.size(0);
-  STD_TORCH_CHECK(w.size(1) == D && D > 0 && D % 8 == 0 && M % 8 == 0 && L < (int64_t{1} << 31) &&
-                      x.get_device_index() == w.get_device_index(),
-                  op, ": w must be (M, ", D, ") on x's device with D and M multiples of 8, got (", M, ", ",
-                  w.size(1), ").");
-  const std::array<int64_t, 2> shape = {L, M};
-  const Tensor out = torch::stable::new_empty(x, shape, x.scalar_type());
-  if (L == 0 || M == 0) return out;
-  const int32_t device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  int num_sms = 0;
-  check_launch(op, cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  const LinearGeluArgs args{x.data_ptr(), w.data_ptr(), out.data_ptr(), L, M, D};
-  const char* problem = linear_gelu_launch(args, LinearGeluChoice{}, num_sms, current_stream(device));
-  STD_TORCH_CHECK(problem == nullptr, op, ": CUTLASS must take (", L, ", ", D, ") and (", M, ", ", D,
-                  "), got ", problem == nullptr ? "" : problem, ".");
-  return out;
-}
-#endif
-
 #define ADALN_ARGS \
   "Tensor shift, Tensor scale, int tokens_per_frame, int token_offset, float eps, ScalarType? out=None)"
 #define RESIDUAL_ARGS "Tensor x, Tensor branch, Tensor gate, Tensor[] hints, Tensor? hint_weights, "
@@ -277,9 +244,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cosmos_fast, m) {
       "qk_norm_rope_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> "
       "(Tensor, Tensor)");
 #endif
-#ifdef COSMOS_FAST_CUTLASS
-  m.def("linear_gelu_cuda(Tensor x, Tensor w) -> Tensor");
-#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CPU, m) {
@@ -293,9 +257,6 @@ STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CUDA, m) {
   m.impl("residual_adaln_cuda", TORCH_BOX(&residual_adaln<run_cuda>));
   m.impl("head_norm_cuda", TORCH_BOX(&head_norm_cuda));
   m.impl("qk_norm_rope_cuda", TORCH_BOX(&qk_norm_rope_cuda));
-#ifdef COSMOS_FAST_CUTLASS
-  m.impl("linear_gelu_cuda", TORCH_BOX(&linear_gelu_cuda));
-#endif
 }
 #endif
 

@@ -176,7 +176,7 @@ def _kernel(op: str, case: str, by_name: dict[str, Result]) -> list[list[str]]:
     """One row for each version of ours."""
     times = {name: row.get("ms", row.get("median_ms")) for name, row in by_name.items()}
     rows = []
-    for name in ("triton", "cuda", "cutlass", "native"):
+    for name in ("triton", "cuda", "native"):
         if (ms := times.get(name)) is not None:
             share = by_name[name].get(
                 "gemm_pct", by_name[name].get("copy_pct", by_name[name].get("roofline_pct"))
