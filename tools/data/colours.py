@@ -30,7 +30,9 @@ _HUES = (
     (325.0, "purple"),
 )
 _GREY_BELOW = 0.36  # saturation
-_BLACK_BELOW = 0.20  # value of a grey
+_BLACK_BELOW = (
+    0.28  # value of a grey: black cars reach 0.23 by windows and highlights, white ones at night fall to 0.43
+)
 _DARK_BELOW = 0.09  # value under which no hue is trusted
 
 
