@@ -32,6 +32,7 @@ from vae_stage import trained  # noqa: E402
 
 from cosmos_fast import controls, ops, sampler  # noqa: E402
 from cosmos_fast.network import ControlBranch, Network, Pair, Single  # noqa: E402
+from cosmos_fast.tiny_style import TinyStyle  # noqa: E402
 from cosmos_fast.vae import VAE  # noqa: E402
 from cosmos_fast.vae_keys import VAEConfig  # noqa: E402
 
@@ -174,6 +175,12 @@ def test_blur_on_the_device_is_the_control(preset: str) -> None:
     reference = controls.vis(frames, preset).astype(int)
     assert np.abs(own - reference).max() <= 2
     assert np.ptp(reference) > 20
+
+
+def test_style_features_are_those_of_the_embedded_model() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (192, 320, 3), dtype=np.uint8)
+    own = train_clips.style_features(torch.from_numpy(image), TinyStyle.tokens)
+    torch.testing.assert_close(own, TinyStyle().encode(image), atol=1e-4, rtol=0)
 
 
 # -------------------------------------------------------------------------------------- the optimiser

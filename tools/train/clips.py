@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ THREADS = 16
 # Presets whose bilateral pass works on a shrunken frame; the others cost four to sixteen times as much.
 BLURS = ("medium", "medium", "medium", "low", "very_high")
 MEDIUM_EDGES = 0.6
+GREY = ("depth", "labels", "edges")
 
 
 @dataclass
@@ -55,55 +57,48 @@ class Clips:
         return min(max(least, round(share * len(self))), len(self) // 2)
 
 
-def read(
-    folder: Path, limit: int | None = None
-) -> tuple[list[dict[str, np.ndarray]], list[dict[str, object]]]:
-    """Shards `*.npz` with rgb, depth, labels of n clips each, and a line of JSON per clip in `*.jsonl` beside them."""
-    shards, lines = [], []
-    count = 0
+def load(folder: Path, device: str, limit: int | None = None, seed: int = 0) -> Clips:
+    """Clips of the shards that tools/data/make_dataset.py wrote, edges drawn, on a device.
+
+    A shard is `*.npz` with rgb, depth and labels of n clips and a line of JSON for each in `*.jsonl` beside it.
+    """
+    paths, told, count = [], [], 0
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path, allow_pickle=False) as file:
-            shard = {name: file[name] for name in ("rgb", "depth", "labels")}
-        told = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines() if line]
-        if len(told) != len(shard["rgb"]):
-            raise SystemExit(f"{path}: must have a line per clip, got {len(told)} for {len(shard['rgb'])}.")
-        shards.append(shard)
-        lines += told
-        count += len(told)
+        lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines() if line]
+        paths.append((path, count, len(lines)))
+        told += lines
+        count += len(lines)
         if limit is not None and count >= limit:
             break
-    if not shards:
+    if not paths:
         raise SystemExit(
             f"{folder}: must hold training clips, got none. Make them with tools/data/make_dataset.py."
         )
-    return shards, lines
-
-
-def load(folder: Path, device: str, limit: int | None = None, seed: int = 0) -> Clips:
-    """All clips of a folder, edges drawn, on a device."""
-    shards, lines = read(folder, limit)
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([shard[name] for shard in shards])[:limit]
-
-    rgb, depth, labels = joined("rgb"), joined("depth"), joined("labels")
-    lines = lines[:limit]
+    with np.load(paths[0][0], allow_pickle=False) as file:
+        shape = (count, *file["rgb"].shape[1:])
+    put = {name: torch.empty(shape[:-1], dtype=torch.uint8, device=device) for name in GREY}
+    put["rgb"] = torch.empty(shape, dtype=torch.uint8, device=device)
     rng = np.random.default_rng(seed)
-    paint = np.stack([palette(rng, line.get("background", [])) for line in lines])
-    presets = [
-        "medium" if rng.random() < MEDIUM_EDGES else PRESETS[rng.integers(len(PRESETS))] for _ in lines
-    ]
-    edges = np.empty(rgb.shape[:-1], np.uint8)
+    paint = np.stack([palette(rng, line.get("background", [])) for line in told])
+    presets = ["medium" if rng.random() < MEDIUM_EDGES else PRESETS[rng.integers(len(PRESETS))] for _ in told]
 
-    def draw(i: int) -> None:
-        edges[i] = edge(rgb[i], presets[i], threads=1)[..., 0]
+    def bring(shard: tuple[Path, int, int]) -> None:
+        path, start, n = shard
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("rgb", "depth", "labels")}
+        if len(arrays["rgb"]) != n:
+            raise SystemExit(f"{path}: must have a line per clip, got {n} for {len(arrays['rgb'])}.")
+        drawn = [edge(clip, presets[start + i], threads=1)[..., 0] for i, clip in enumerate(arrays["rgb"])]
+        arrays["edges"] = np.stack(drawn)
+        for name, array in arrays.items():
+            put[name][start : start + n].copy_(torch.from_numpy(array))
 
     cv2.setNumThreads(1)
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(draw, range(len(rgb))))
-    put = {name: torch.from_numpy(x).to(device) for name, x in
-           {"rgb": rgb, "depth": depth, "labels": labels, "edges": edges, "paint": paint}.items()}  # fmt: skip
-    return Clips(**put, captions=[str(line["caption"]) for line in lines])
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(bring, paths))
+    put["paint"] = torch.from_numpy(paint).to(device)
+    kept = {name: tensor[:limit] for name, tensor in put.items()}
+    return Clips(**kept, captions=[str(line["caption"]) for line in told][:limit])
 
 
 def palette(rng: np.random.Generator, background: object) -> np.ndarray:

@@ -16,16 +16,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import base_stage
-import clips
-import control_stage
-import distill_stage
-import export
-import latents_stage
-import torch
-import vae_stage
-from recording import Run, record
-from sizes import Sizes
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+import base_stage  # noqa: E402
+import clips  # noqa: E402
+import control_stage  # noqa: E402
+import distill_stage  # noqa: E402
+import export  # noqa: E402
+import latents_stage  # noqa: E402
+import torch  # noqa: E402
+import vae_stage  # noqa: E402
+from recording import Run, record  # noqa: E402
+from sizes import Sizes  # noqa: E402
 
 STAGES = ("vae", "latents", "base", "control", "distill", "export")
 
