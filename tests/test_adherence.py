@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "train")]
 
 from adherence import blur_ssim, edge_f1, main_colour, mean_iou, psnr, recoloured, ssim  # noqa: E402
-from evaluate_model import CONTROLS, GOALS, goals, jobs_of, summary  # noqa: E402
+from evaluate_model import CONTROLS, GOALS, gain, goals, jobs_of, summary  # noqa: E402
 from probe import CLASSES, Probe, aligned_error, class_table, loss_of  # noqa: E402
 
 
@@ -91,6 +91,14 @@ def test_probe_learns_depth_and_classes_of_a_picture() -> None:
     depth, kinds = probe.eval().read(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     assert depth.shape == kinds.shape == (2, 32, 32)
     assert mean_iou(kinds, classes.numpy(), 2) > 0.6
+
+
+def test_gain_is_the_way_from_the_better_baseline_and_nothing_below_it() -> None:
+    assert gain(0.8, (0.2, 0.4), 0.9, "edge_f1") == pytest.approx(0.8)
+    assert gain(0.12, (0.3, 0.2), 0.1, "depth_si_rmse") == pytest.approx(0.8)
+    assert gain(0.3, (0.2, 0.4), 0.9, "edge_f1") < 0 and gain(0.25, (0.3, 0.2), 0.1, "depth_si_rmse") < 0
+    assert gain(0.3, (0.2, 0.4), 0.35, "edge_f1") == 0.0  # a ceiling below a baseline measures nothing
+    assert gain(0.1, (0.2, 0.2), 0.3, "depth_si_rmse") == 0.0
 
 
 def done(jobs: list, value: float, other: float, right: bool) -> list[dict]:

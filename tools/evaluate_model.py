@@ -319,9 +319,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def gain(value: float, baselines: Sequence[float], ceiling: float, name: str) -> float:
-    """Share of the way from the better baseline to the ceiling."""
-    best = min(baselines) if name in SMALLER_IS_BETTER else max(baselines)
-    return (value - best) / (ceiling - best) if abs(ceiling - best) > 1e-9 else float("nan")
+    """Share of the way from the better baseline to the ceiling; 0 where the ceiling is no better than a baseline.
+
+    Such a ceiling says that the VAE or the probe, not the network, is what fails, and then nothing was shown.
+    """
+    sign = -1 if name in SMALLER_IS_BETTER else 1
+    best = max(sign * value for value in baselines)
+    room = sign * ceiling - best
+    return (sign * value - best) / room if room > 1e-6 else 0.0
 
 
 def summary(done: Sequence[Mapping[str, Any]], ceilings: Sequence[Mapping[str, Any]], seam: Mapping[str, float]) -> dict[str, Any]:  # fmt: skip
