@@ -138,7 +138,7 @@ def muted(rng: np.random.Generator, low: float = 0.35, high: float = 0.8, satura
     return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.0, saturation), rng.uniform(low, high))
 
 
-def tinted(rgb: Sequence[float], factor: float) -> Rgb:
+def tinted(rgb: Sequence[float] | Array, factor: float) -> Rgb:
     r, g, b = (min(1.0, max(0.0, value * factor)) for value in rgb)
     return r, g, b
 

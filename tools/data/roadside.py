@@ -13,7 +13,9 @@ CELL = 16  # pixels of one window with its piece of wall
 def _facade(build: Builder, name: str, size: tuple[float, float, float], material: str) -> str:
     """Box of half sizes with one window per 2.2 by 3 metres on its sides; texture coordinates need faces."""
     x, y, h = size
-    vertices, texture, faces = [], [], []
+    vertices: list[tuple[float, float, float]] = []
+    texture: list[tuple[float, float]] = []
+    faces: list[tuple[int, int, int]] = []
     sides = (((-x, -y), (x, -y)), ((x, -y), (x, y)), ((x, y), (-x, y)), ((-x, y), (-x, -y)))
     for (ax, ay), (bx, by) in sides:
         across, up = round(np.hypot(bx - ax, by - ay) / 2.2), round(2 * h / 3)
