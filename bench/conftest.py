@@ -137,7 +137,12 @@ class Record:
         stamp = f"{environment['date'][:10]}-{(environment['commit'] or 'nocommit')[:8]}"
         paths = []
         for name, rows in self.rows.items():
-            body = {"environment": environment, "peaks": self.peaks and self.peaks.as_dict(), "rows": rows}
+            body = {
+                "kind": "kernels",
+                "environment": environment,
+                "peaks": self.peaks and self.peaks.as_dict(),
+                "rows": rows,
+            }
             path = folder / f"{stamp}-{name}.json"
             path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
             paths.append(path)

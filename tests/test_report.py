@@ -156,6 +156,25 @@ def test_kernels_of_several_files_are_shown_together(place: Path) -> None:
     assert "b-adaln.json" in text and "a-kernels.json" in text
 
 
+def test_a_record_is_read_as_its_kind_says(place: Path) -> None:
+    before = figures(place)
+    report(place)
+    text = (place / "README.md").read_text()
+    parts = {
+        "rows": [{"name": "128x256x64", "ms": 4.5}],
+        "clips": 3,
+        "trace": {"ours": {}},
+        "embedded": True,
+        "job": 1,
+    }
+    other = {"kind": "linear_gelu", "environment": environment("2026-03-01T00:00:00")} | parts
+    (place / "results" / "gpu-x" / "z-other.json").write_text(json.dumps(other))
+    assert figures(place) == before and report(place).returncode == 0
+    assert (place / "README.md").read_text() == text
+    (place / "results" / "gpu-x" / "a-kernels.json").write_text(json.dumps(KERNELS | {"kind": "kernels"}))
+    assert report(place, "--check").returncode == 0  # kernels, whether or not the record says so
+
+
 @pytest.mark.parametrize("args", [{"smoke": "True"}, {"smoke": "False", "grid": "8,16,16"}])
 def test_dry_runs_and_other_sizes_are_no_results(place: Path, args: dict) -> None:
     newer = copy.deepcopy(DENOISER) | {"environment": environment("2026-02-01T00:00:00"), "args": args}

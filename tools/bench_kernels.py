@@ -271,7 +271,7 @@ def main() -> int:
         traceback.print_exc()
     finally:
         body = {
-            "environment": environment(run), "copy_gb_s": run.copy_gb_s, "gemm_tflop_s": run.gemm_tflop_s, "checks": run.checks,
+            "kind": "kernels", "environment": environment(run), "copy_gb_s": run.copy_gb_s, "gemm_tflop_s": run.gemm_tflop_s, "checks": run.checks,
             "seconds": time.perf_counter() - start, "rows": run.rows, "sweep": run.sweep, "failures": run.failures,
         }  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)

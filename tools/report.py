@@ -4,10 +4,11 @@
     python tools/report.py --check    exit 1 if that would change the README
     python tools/report.py --figures  one JSON object of headline figures
 
-Results lie in bench/results/<gpu>/*.json. Each has `environment` (with `date`), and any of: `cases` (name -> `variants`, of
-whole calls), `embedded` (tools/evaluate_model.py), `waterfall`, `trace`, `accuracy`, `block`, `job` (tools/bench_denoiser.py, and `kind` "vae" for the video VAE,
-variants ours_encode, ours_decode, <peer>_encode, ...), or `rows` (of single kernels). What is shown of a GPU is the newest
-result that has it. Standard library only.
+Results lie in bench/results/<gpu>/*.json. Each has `environment` (with `date`) and a `kind`, which says what else it has:
+denoiser (tools/bench_denoiser.py): any of `cases` (name -> `variants`, of whole calls), `waterfall`, `trace`, `accuracy`,
+`block`, `job`; vae: `cases` with the variants ours_encode, ours_decode, <peer>_encode, ...; pipeline: `clips`; embedded
+(tools/evaluate_model.py): `embedded`, `goals`; kernels, also where there is no `kind`: `rows`. Other kinds are shown in no
+table. What is shown of a GPU is the newest result that has it. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import report_embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CARD = ROOT / "README.md", ROOT / "cosmos_fast" / "data" / "tiny" / "README.md"
@@ -61,8 +64,8 @@ class Results:
 
         return self.newest(variants)
 
-    def own(self, key: str) -> tuple[str, Result, Any] | None:
-        return self.newest(lambda record: record.get(key))
+    def own(self, key: str, kind: str = "denoiser") -> tuple[str, Result, Any] | None:
+        return self.newest(lambda record: record.get("kind") == kind and record.get(key))
 
 
 def load(folder: Path) -> list[Results]:
@@ -160,6 +163,10 @@ def kernels(r: Results) -> str | None:
     """Each case from the newest file that has it: times of one case are only compared within one file."""
     rows, notes, seen = [], [], set()
     for file, record in r.files:
+        if (
+            record.get("kind", "kernels") != "kernels"
+        ):  # the first records of kernels do not say what they are
+            continue
         cases: dict[tuple[str, str], dict[str, Result]] = {}
         for row in record.get("rows", ()):
             if row["op"] != "network":  # whole calls have tables of their own
@@ -225,7 +232,7 @@ def job(r: Results) -> str | None:
 
 def clip(r: Results) -> str | None:
     """One clip from spec to mp4; the first of a process also compiles kernels."""
-    if (found := r.newest(lambda record: record.get("kind") == "pipeline" and record.get("clips"))) is None:
+    if (found := r.own("clips", "pipeline")) is None:
         return None
     file, record, clips = found
     stages = list(clips[0]["stages"])
@@ -244,34 +251,13 @@ def clip(r: Results) -> str | None:
     return f"{table(head, rows)}\n\n{note(file, record)}"
 
 
-SCORES = {
-    "edge": "edge F1", "vis": "SSIM of the blur", "depth": "depth si-RMSE (less is better)", "seg": "segments, mean IoU",
-    "edge_distilled": "edge F1, four steps", "multi_edge": "edge F1, all four controls at 0.25",
-    "multi_vis": "SSIM of the blur, all four", "multi_depth": "depth si-RMSE, all four", "multi_seg": "mean IoU, all four",
-}  # fmt: skip
-
-
 def embedded(r: Results) -> str | None:
     """The model inside the package on held-out clips: adherence beside its baselines and ceiling, then goals."""
-    if (found := r.own("embedded")) is None:
+    if (found := r.own("embedded", "embedded")) is None:
         return None
     file, record, one = found
-    rows = [
-        [title, *(num(one["controls"][key][part]) for part in ("value", "weight_0", "shuffled", "ceiling")),
-         num(100 * one["controls"][key]["gain"], 0)]
-        for key, title in SCORES.items() if key in one["controls"]
-    ]  # fmt: skip
-    head = [f"{record['clips']} held-out clips", "result", "without control", "control of another clip",
-            "real clip through the VAE", "% of the way"]  # fmt: skip
-    other = [
-        ["colour asked for, base", f"{one['prompt']['base']['right']} of {one['prompt']['base']['of']}"],
-        ["colour asked for, four steps", f"{one['prompt']['distilled']['right']} of {one['prompt']['distilled']['of']}"],
-        ["VAE, PSNR dB", num(one["vae_psnr_db"], 1)],
-        ["frame that two chunks share, PSNR dB", num(one["overlap_psnr_db"], 1)],
-    ]  # fmt: skip
-    missed = [goal["metric"] for goal in record["goals"] if not goal["passed"]]
-    said = f"Goals missed: {', '.join(missed)}." if missed else f"All {len(record['goals'])} goals are met."
-    return "\n\n".join([table(head, rows), table(["", "result"], other), said, note(file, record)])
+    tables = (table(head, rows) for head, rows in report_embedded.tables(record["clips"], one))
+    return "\n\n".join([*tables, report_embedded.verdict(record["goals"]), note(file, record)])
 
 
 TABLES: dict[str, Callable[[Results], str | None]] = {
@@ -357,14 +343,13 @@ def figures(results: list[Results]) -> dict[str, Result]:
                 put(f"{title}.exact", errors.pop("ours_bf16"), "1", found[0], errors)
         if (found := r.own("job")) is not None:
             put("denoise_clip_s.exact", found[2]["seconds"], "s", found[0])
-        if (
-            found := r.newest(lambda record: record.get("kind") == "pipeline" and record["clips"][-1])
-        ) is not None:
-            stages = found[2]["stages"].values()
+        if (found := r.own("clips", "pipeline")) is not None:
+            stages = found[2][-1]["stages"].values()
             put("clip_s.exact", sum(stage["seconds"] for stage in stages), "s", found[0])
             put("clip_peak_gib.exact", max(s["peak_bytes"] or 0 for s in stages) / 2**30, "GiB", found[0])
-        if (found := r.own("embedded")) is not None:
-            _embedded_figures(found[2], lambda key, value, unit: put(key, value, unit, found[0]))
+        if (found := r.own("embedded", "embedded")) is not None:
+            for key, value, unit in report_embedded.figures(found[2]):
+                put(key, value, unit, found[0])
         if (found := r.case("720", "vae")) is not None:
             for part in ("encode", "decode"):
                 rows = {
@@ -372,20 +357,6 @@ def figures(results: list[Results]) -> dict[str, Result]:
                 }
                 put(f"vae_{part}_s", rows.pop("ours", None), "s", found[0], rows)
     return out
-
-
-def _embedded_figures(one: Result, put: Callable[[str, float, str], None]) -> None:
-    """edge_f1.base, edge_f1.distilled, edge_gain.base, ..., prompt.base, vae_psnr_db, overlap_psnr_db."""
-    names = {"edge": "edge_f1", "vis": "blur_ssim", "depth": "depth_si_rmse", "seg": "seg_miou"}
-    for row, values in one["controls"].items():
-        lead, _, rest = row.partition("_")
-        control, model = (rest, "multi") if lead == "multi" else (lead, rest or "base")
-        put(f"{names[control]}.{model}", values["value"], "1")
-        put(f"{control}_gain.{model}", values["gain"], "1")
-    for model, counts in one["prompt"].items():
-        put(f"prompt.{model}", counts["right"] / max(counts["of"], 1), "1")
-    for key in ("vae_psnr_db", "overlap_psnr_db"):
-        put(key, one[key], "dB")
 
 
 def main(argv: list[str] | None = None) -> int:
