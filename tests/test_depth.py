@@ -194,6 +194,7 @@ def test_network_against_the_published_code() -> None:
 
 def test_backbone_beside_transformers() -> None:
     import transformers
+
     ours = Backbone(TINY).eval()
     theirs = transformers.Dinov2Model(
         transformers.Dinov2Config(
@@ -459,6 +460,7 @@ def test_other_weights_are_refused(weights: Path, tmp_path: Path) -> None:
 
 def test_frame_by_frame_model_of_transformers(tmp_path: Path, small_side: None) -> None:
     import transformers
+
     config = transformers.DepthAnythingConfig(
         backbone_config=transformers.Dinov2Config(
             hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2,
