@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -288,7 +289,21 @@ def test_script_starts_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_a_context_of_another_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mujoco")
     monkeypatch.setattr(render, "_context", (-1, *SIZE, object()))
     with pytest.raises(EnvironmentProblem, match="fork"):
         render.open_context(*SIZE)
+
+
+@pytest.mark.parametrize("backend", ["osmesa", "egl"])
+def test_a_machine_without_gl_is_told_what_to_install(tmp_path: Path, backend: str) -> None:
+    """mujoco imports its GL binding, which fails in its own way where there is no library or no device."""
+    (tmp_path / "mujoco").mkdir()
+    (tmp_path / "mujoco" / "__init__.py").write_text("raise AttributeError('no attribute eglQueryString')\n")
+    code = (
+        "from cosmos_fast.formats import EnvironmentProblem\nfrom tools.data import render\n"
+        "try:\n    render.open_context(8, 8)\nexcept EnvironmentProblem as error:\n    print(error)\n"
+    )
+    env = dict(os.environ, MUJOCO_GL=backend, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert f"MUJOCO_GL={backend} must open a GL context, got AttributeError" in done.stdout, done.stderr
+    assert "libegl1" in done.stdout

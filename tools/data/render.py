@@ -86,11 +86,21 @@ def _mujoco() -> Any:
     os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         import mujoco
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"rendering: needs the package mujoco, got {error}. Run: pip install mujoco"
-        ) from error
+    except Exception as error:  # it opens the GL library while it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name == "mujoco":
+            raise EnvironmentProblem(
+                f"rendering: needs the package mujoco, got {error}. Run: pip install mujoco"
+            ) from error
+        raise _no_context(error) from error
     return mujoco
+
+
+def _no_context(error: Exception) -> EnvironmentProblem:
+    """Each GL binding raises its own types, ImportError and AttributeError too."""
+    return EnvironmentProblem(
+        f"rendering: MUJOCO_GL={os.environ['MUJOCO_GL']} must open a GL context, got {type(error).__name__}: "
+        f"{error}. Install libegl1 (apt-get install libegl1 libgl1) or set MUJOCO_GL=osmesa."
+    )
 
 
 def _context_class() -> Any:
@@ -110,12 +120,12 @@ def open_context(width: int, height: int) -> Any:
         EnvironmentProblem: mujoco is missing, no GL device answers, or the context was made before a fork.
     """
     global _context
-    _mujoco()
     if _context is not None and _context[0] != os.getpid():
         raise EnvironmentProblem(
             "rendering: a GL context belongs to the process that made it, got a fork of that process. "
             "Start workers with the spawn method."
         )
+    _mujoco()
     if _context is None or _context[1:3] != (width, height):
         if _context is not None:
             _context[3].free()
@@ -124,11 +134,8 @@ def open_context(width: int, height: int) -> Any:
             context = _context_class()(width, height)
         except EnvironmentProblem:
             raise
-        except Exception as error:  # each GL binding raises its own types, ImportError and AttributeError too
-            raise EnvironmentProblem(
-                f"rendering: MUJOCO_GL={os.environ['MUJOCO_GL']} must open a GL context, got {type(error).__name__}: "
-                f"{error}. Install libegl1 (apt-get install libegl1 libgl1) or set MUJOCO_GL=osmesa."
-            ) from error
+        except Exception as error:
+            raise _no_context(error) from error
         _context = (os.getpid(), width, height, context)
     _context[3].make_current()
     return _context[3]
