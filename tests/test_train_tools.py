@@ -300,6 +300,11 @@ def test_every_stage_learns_and_leaves_logs_and_pictures(trained_out: Path) -> N
     assert not list(trained_out.rglob("*.part"))
 
 
+def test_training_leaves_the_settings_of_the_process_alone(trained_out: Path) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.tensor([5e-324], dtype=torch.float64).mul(1.0).item() > 0  # denormals are not flushed
+
+
 def test_latents_are_those_of_the_production_vae(trained_out: Path) -> None:
     run = Run(trained_out, trained_out / "clips", TOY, device="cpu")
     latents, clips = latents_stage.read(run), train_clips.load(trained_out / "clips", "cpu")

@@ -33,7 +33,7 @@ STAGES = ("vae", "latents", "base", "control", "distill", "export")
 
 
 def prepare() -> None:
-    """Settings of the whole process."""
+    """Settings of the whole process: the command's business, as they would change whatever else runs in it."""
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)  # fresh branches make tiny gradients, and denormals are slow on a CPU
     torch.backends.cudnn.benchmark = True
@@ -42,7 +42,6 @@ def prepare() -> None:
 
 
 def run_stages(run: Run, stages: list[str], minutes: dict[str, float], limit: int | None = None) -> None:
-    prepare()
     loaded: clips.Clips | None = None
     latents: latents_stage.Latents | None = None
     for stage in stages:
@@ -103,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out, args.data, Sizes.named(args.sizes), steps=args.steps, stop=args.stop, batch=args.batch,
         seed=args.seed, device=args.device, is_compiled=not args.eager and args.device.startswith("cuda"),
     )  # fmt: skip
+    prepare()
     run_stages(run, stages, minutes, args.limit)
     return 0
 
