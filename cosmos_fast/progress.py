@@ -57,11 +57,7 @@ class Progress:
         where = f"clip {self.clips.get(name, '?')}/{len(self.clips)} {name} {what} {done}/{total}"
         self._bar.set_description(where)
         now = time.monotonic()
-        if (
-            not self.is_terminal
-            and not self.quiet
-            and (now - self._last >= QUIET_LINES_S or done == total)
-        ):
+        if not self.is_terminal and not self.quiet and (now - self._last >= QUIET_LINES_S or done == total):
             self._last = now
             print(where, file=sys.stderr, flush=True)
 
