@@ -223,6 +223,8 @@ def test_trace_classes_and_shares() -> None:
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "gemm",
         "void cublasLt::splitKreduce_kernel<32, 16>": "gemm",
         "_adaln_kernel": "pointwise",
+        "_gelu_kernel": "pointwise",
+        "_linear_gelu_kernel": "gemm",
         "_qk_norm_rope_kernel": "pointwise",
         "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernel>": "pointwise",
         "Memcpy DtoD (Device -> Device)": "copy",
