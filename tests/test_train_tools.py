@@ -300,11 +300,6 @@ def test_every_stage_learns_and_leaves_logs_and_pictures(trained_out: Path) -> N
     assert not list(trained_out.rglob("*.part"))
 
 
-def test_training_leaves_the_settings_of_the_process_alone(trained_out: Path) -> None:
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert torch.tensor([5e-324], dtype=torch.float64).mul(1.0).item() > 0  # denormals are not flushed
-
-
 def test_latents_are_those_of_the_production_vae(trained_out: Path) -> None:
     run = Run(trained_out, trained_out / "clips", TOY, device="cpu")
     latents, clips = latents_stage.read(run), train_clips.load(trained_out / "clips", "cpu")
@@ -333,3 +328,9 @@ def test_options_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         train.main(["--stage", "vea", "--minutes", "1", "--data", str(tmp_path), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="make_dataset"):
         train.main(["--stage", "vae", "--minutes", "1", "--data", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_training_leaves_the_settings_of_the_process_alone(trained_out: Path) -> None:
+    """The last test of the file: after stages and commands."""
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.tensor([5e-324], dtype=torch.float64).mul(1.0).item() > 0  # denormals are not flushed

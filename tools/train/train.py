@@ -102,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         args.out, args.data, Sizes.named(args.sizes), steps=args.steps, stop=args.stop, batch=args.batch,
         seed=args.seed, device=args.device, is_compiled=not args.eager and args.device.startswith("cuda"),
     )  # fmt: skip
-    prepare()
     run_stages(run, stages, minutes, args.limit)
     return 0
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())
