@@ -16,7 +16,7 @@ RUN_TESTS := $(BIN)/python -m pytest --timeout=300 $(PYTEST_ARGS)
 .PHONY: demo test test-interpret test-gpu check lint build-cuda-objects sanitize bench report fmt clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.runtime
 	$(BIN)/python tools/demo.py
 
 # Interpreter first: the run that everybody reads is the last one.
@@ -62,8 +62,9 @@ clean:
 	rm -rf build dist *.egg-info cosmos_fast/*.so $(VENV)
 
 # A CUDA torch that the system already has is used as it is (it is gigabytes); anything else is installed at the
-# tested release. The native mode then follows: auto with a CUDA torch, else cpu if there is a compiler.
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
+# tested release. The native mode then follows: auto with a CUDA torch, else cpu if there is a compiler. The file that
+# marks it done holds the pins, for what is installed later.
+$(VENV)/.runtime: pyproject.toml constraints.txt $(NATIVE)
 	@set -e; torch=fresh; site=; \
 	if $(PYTHON) -c "import torch, sys; v = tuple(map(int, torch.__version__.split('.')[:2])); \
 	  sys.exit(torch.version.cuda is None or v < (2, 10))" 2>/dev/null; then torch=system; site=--system-site-packages; fi; \
@@ -75,7 +76,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	  { echo "setup: $(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }; \
 	pins=; [ $$torch = system ] || pins="-c constraints.txt"; \
 	$(PIP) $$pins torch "setuptools>=77" wheel cmake ninja pybind11; \
-	PATH="$(abspath $(BIN)):$$PATH" COSMOS_FAST_BUILD=$$COSMOS_FAST_BUILD $(PIP) $$pins --no-build-isolation -e ".[test]"
+	PATH="$(abspath $(BIN)):$$PATH" COSMOS_FAST_BUILD=$$COSMOS_FAST_BUILD $(PIP) $$pins --no-build-isolation -e .; \
+	echo "$$pins" >$@
+
+# What the tests need, as the installed package names it: nothing is built again.
+$(VENV)/.installed: $(VENV)/.runtime
+	@$(PIP) $$(cat $<) $$($(BIN)/python -c "import importlib.metadata as m; \
+	  print(*[r.split(';')[0].replace(' ', '') for r in m.requires('cosmos-fast') if 'extra == \"test\"' in r])")
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
