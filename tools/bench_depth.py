@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cosmos_fast.clip_maker import ClipTask
-from cosmos_fast.depth import VideoDepth, network_size
-from cosmos_fast.depth_network import WINDOW, DepthNetwork
-from cosmos_fast.dispatch import pick_device
-from cosmos_fast.video import Writer, probe
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from cosmos_fast.clip_maker import ClipTask  # noqa: E402
+from cosmos_fast.depth import VideoDepth, network_size  # noqa: E402
+from cosmos_fast.depth_network import WINDOW, DepthNetwork  # noqa: E402
+from cosmos_fast.dispatch import pick_device  # noqa: E402
+from cosmos_fast.video import Writer, probe  # noqa: E402
 
 
 def moving(frames: int, width: int, height: int) -> np.ndarray:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from cosmos_fast import segment_networks
-from cosmos_fast.dispatch import pick_device
-from cosmos_fast.segment_networks import Tracks
-from cosmos_fast.segments import detector_size
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from cosmos_fast import segment_networks  # noqa: E402
+from cosmos_fast.dispatch import pick_device  # noqa: E402
+from cosmos_fast.segment_networks import Tracks  # noqa: E402
+from cosmos_fast.segments import detector_size  # noqa: E402
 
 
 def tracker() -> torch.nn.Module:

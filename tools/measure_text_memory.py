@@ -16,14 +16,18 @@ import argparse
 import json
 import platform
 import resource
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_fast.reason1 import TOKENS, Reason1
-from cosmos_fast.safetensors_file import LazyTensor
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from cosmos_fast.reason1 import TOKENS, Reason1  # noqa: E402
+from cosmos_fast.safetensors_file import LazyTensor  # noqa: E402
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
