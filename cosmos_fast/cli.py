@@ -19,14 +19,13 @@ from .cli_options import (
     PATHS,
     checked_batch,
     known_configs,
-    limits,
     output_folder,
     overrides,
     with_model_options,
 )
 from .cli_tools import checkpoint, info, schema
 from .formats import CosmosFastError, MediaError, SpecError
-from .prompts import check_width, made_by, missing_prompts, prepare, text_encoder, text_options, waiting
+from .prompts import check_width, made_by, missing_prompts, prepare, text_encoder, text_options
 
 SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
 TINY_NOTE = (
@@ -110,7 +109,6 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         plan=plan,
         checkpoint=options["checkpoint"],
         configs=configs,
-        **limits(options["checkpoint"]),
     )
     if options["dry_run"]:
         click.echo(batch.as_table())
@@ -128,12 +126,11 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     from .engine import Engine
     from .models import locate, locate_vae
     from .report import gpu_record
-    from .runner import Options, run_batch
+    from .runner import Options, run_batch, waiting
 
     def open_engine(model: str) -> Engine:
         locate(options["checkpoint"], model)  # a network that is missing shows before prompts are encoded
-        clips = waiting(batch.clips, folder, made_with) if options["resume"] else batch.clips
-        prepare(text, clips, stop.check, progress.line)
+        prepare(text, waiting(batch.clips, folder, run), stop.check, progress.line)
         engine = Engine(
             options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
             clip_makers=makers, style=style, guardrails=guardrails or options["guardrails"],
@@ -148,10 +145,11 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         record = source.record(locate_vae(options["vae"], source))
         return {"recipe": recipe.to_dict(), "checkpoint": record, "text": made_by(text)}
 
+    run = Options(options["codec"], options["resume"], made_with, guardrails, makers)
     with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
         try:
             summary = run_batch(
-                batch, open_engine, folder, options=Options(options["codec"], options["resume"], made_with, guardrails, makers),
+                batch, open_engine, folder, options=run,
                 stop=stop, progress=progress.step, on_made=progress.made, report=progress.line,
             )  # fmt: skip
         except Stopped as stopped:
@@ -171,9 +169,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
 def plan(specs: tuple[Path, ...], as_json: bool, checkpoint: str | None, **options: Any) -> None:
     """Check SPECS and print chunks, shapes, FLOPs and memory. Needs no GPU and no weights."""
     configs = known_configs(checkpoint, options["model"])
-    batch, some_invalid, _ = checked_batch(
-        specs, options, checkpoint=checkpoint, configs=configs, **limits(checkpoint)
-    )
+    batch, some_invalid, _ = checked_batch(specs, options, checkpoint=checkpoint, configs=configs)
     click.echo(batch.as_json() if as_json else batch.as_table())
     sys.exit(1 if some_invalid else 0)
 

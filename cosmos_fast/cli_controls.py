@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,12 @@ from .cli_options import (
     PATHS,
     checked_batch,
     known_configs,
-    limits,
     output_folder,
     overrides,
+    together,
+    with_cache_dir,
     with_model_options,
 )
-from .disk_cache import CACHE_HOME
 
 if TYPE_CHECKING:
     from .clip_plan import ClipPlan
@@ -27,20 +27,14 @@ if TYPE_CHECKING:
     from .outputs import OutputFolder
     from .progress import Progress
 
-_OPTIONS = [
+with_maker_options = together(
     click.option("--depth-model", help="What makes depth: a Video Depth Anything file, hf://org/repo/file, or, frame by frame, "
                  "a Depth Anything folder or id; default: the published small one."),
     click.option("--detector-model", help="What finds objects by words: a folder; default: grounding-dino-base."),
     click.option("--tracker-model", help="What follows objects: sam2.1-hiera-large (default), sam2-hiera-large or a folder."),
     click.option("--detect-every", type=int, help="Frames between searches for new objects; default: the first frame alone."),
-]  # fmt: skip
-
-
-def with_maker_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that `open_makers` reads, but for --device and --cache-dir."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+)  # fmt: skip
+"""The options that `open_makers` reads, but for --device and --cache-dir."""
 
 
 def open_makers(options: Mapping[str, Any]) -> Makers:
@@ -65,10 +59,7 @@ def open_makers(options: Mapping[str, Any]) -> Makers:
 )
 @click.option("--checkpoint", help="Plan for these weights, as generate takes them; default: the tiny model.")
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
-@click.option(
-    "--cache-dir", type=PATHS, default=CACHE_HOME, show_default=True, envvar="COSMOS_FAST_CACHE",
-    help="Folder for what is used again; also COSMOS_FAST_CACHE.",
-)  # fmt: skip
+@with_cache_dir
 @click.option(
     "--codec", type=click.Choice(["libx264", "libx265", "libsvtav1"]), default="libx264", show_default=True
 )
@@ -89,7 +80,6 @@ def controls(specs: tuple[Path, ...], **options: Any) -> None:
     checkpoint = options["checkpoint"]
     batch, some_invalid, found = checked_batch(
         specs, options, checkpoint=checkpoint, configs=known_configs(checkpoint, options["model"]),
-        **limits(checkpoint),
     )  # fmt: skip
     makers = open_makers(options)
     makers.check(batch.clips)

@@ -9,9 +9,28 @@ from typing import Any
 
 import click
 
+from .disk_cache import CACHE_HOME
 from .formats import CONTROLS, SpecError
 
 PATHS = click.Path(path_type=Path)
+Command = Callable[..., Any]
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator; --help lists them in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+with_cache_dir = click.option(
+    "--cache-dir", type=PATHS, default=CACHE_HOME, show_default=True, envvar="COSMOS_FAST_CACHE",
+    help="Folder for what is used again; also COSMOS_FAST_CACHE.",
+)  # fmt: skip
 
 
 def overrides(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,26 +81,20 @@ def value(given: Any, key: str) -> Any:
         return given
 
 
-model_options = [
+with_model_options = together(
     click.option("--model", default="auto", show_default=True, help="auto, edge, vis, depth, seg, multi or edge/distilled."),
     click.option("--on-corrupt", type=click.Choice(["fail", "warn"]), default="fail", show_default=True,
                  help="What to do with an input that decodes with damage."),
     click.option("--skip-invalid", is_flag=True, help="Run the clips that are valid; exit 1 for the others."),
-]  # fmt: skip
-
-
-def with_model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(model_options):
-        command = option(command)
-    return command
+)  # fmt: skip
 
 
 def checked_batch(
     specs: tuple[Path, ...], options: dict[str, Any], *, checkpoint: str | None, **preflight_options: Any
 ) -> Any:
     """The whole batch, checked without weights or a GPU; SpecError lists every problem of every clip."""
-    from .cli_guards import offers_style
     from .makers import CLIP_MAKERS
+    from .models import limits, offers_style
     from .planning import preflight
     from .spec import load_valid_specs
 
@@ -90,7 +103,7 @@ def checked_batch(
     makers = ("edge", "vis", *CLIP_MAKERS, *(("style",) if has_style else ()))
     batch = preflight(
         found, options["model"], makers=makers, on_corrupt=options["on_corrupt"], strict=False,
-        **preflight_options,
+        **limits(checkpoint), **preflight_options,
     )  # fmt: skip
     problems += batch.problems
     if problems and not options["skip_invalid"]:
@@ -109,13 +122,6 @@ def output_folder(given: Path | None, specs: list[Any]) -> Path:
     if len(named) != 1 or None in named:
         raise SpecError("output folder: must be given with -o, or be one output_dir shared by all specs.")
     return Path(named.pop())
-
-
-def limits(checkpoint: str | None) -> dict[str, Any]:
-    """What the checkpoint was made for (chunk lengths, resolutions, defaults), where its card says so."""
-    from .models import limits as of
-
-    return of(checkpoint)
 
 
 def known_configs(checkpoint: str | None, model: str) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from cosmos_fast.config import NetworkConfig, branch_prefixes, published_shapes
-from cosmos_fast.formats import CONTROLS, CheckpointError, EnvironmentProblem
-from cosmos_fast.lowbit import read_packed
-from cosmos_fast.network_keys import check_names
+from .config import NetworkConfig, branch_prefixes, published_shapes
+from .formats import CONTROLS, DISTILLED, MODELS, CheckpointError, EnvironmentProblem
+from .lowbit import read_packed
+from .network_keys import check_names
 
 NAME: Final = "tiny"
 """Id of the embedded model wherever a checkpoint is named."""
@@ -28,8 +28,6 @@ NAME: Final = "tiny"
 FORMAT: Final = "cosmos-fast embedded 1"
 FOLDER: Final = Path(__file__).resolve().parent / "data" / NAME
 INDEX: Final = "index.json"
-DISTILLED: Final = "edge/distilled"
-MODELS: Final = (*CONTROLS, "multi", DISTILLED)
 
 _IMAGE = re.compile(r"img_context_proj\.|\.(q_img|k_img|v_img|q_img_norm|k_img_norm)\.")
 

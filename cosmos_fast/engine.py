@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint as weights
-from . import controls, embedded, models, ops, sampler
+from . import controls, models, ops, sampler
 from .chunking import (
     Chunk,
     conditional_latents,
@@ -37,8 +36,7 @@ from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
 from .makers import Makers
 from .network import Network, Pair, Prompt, Single
-from .network_keys import to_ours
-from .planning import DISTILLED, preflight
+from .planning import preflight
 from .recipe import Plan, Recipe
 from .spec import Spec
 from .stages import Stages
@@ -354,23 +352,14 @@ class Engine:
     # --- loading ---
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
-        if source.is_embedded:
-            config, published = embedded.state(source.model)
-            state = to_ours(published, config, self.dtype, self.device)
-            loaded = weights.Loaded(config, state, ("checkpoint: the tiny model inside the package.",))
-        else:
-            kind = "distilled" if source.model == DISTILLED else "single"
-            loaded = weights.load_state(source.files, dtype=self.dtype, device=self.device, model=kind)
+        loaded = models.network_state(source, self.dtype, self.device)
         with torch.device("meta"):
             network = Network(loaded.config)
         network.load_state_dict(loaded.state, strict=True, assign=True)
         return network.eval().requires_grad_(False), loaded.notes
 
     def _load_vae(self, path: Path) -> VAE:
-        if path == embedded.vae_file():
-            state = {name: t.to(self.device, self.dtype) for name, t in embedded.vae_state().items()}
-        else:
-            state = weights.load_vae_state(path, self.dtype, self.device)
+        state = models.vae_state(path, self.dtype, self.device)
         with torch.device("meta"):
             vae = VAE(VAEConfig(base=state["encoder.conv1.weight"].shape[0]))
         vae.load_state_dict(state, strict=True, assign=True)

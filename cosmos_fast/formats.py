@@ -11,6 +11,10 @@ from typing import Final
 CONTROLS: Final = ("edge", "vis", "depth", "seg")
 """Control names in model order: the branch order of the multi-control network."""
 
+DISTILLED: Final = "edge/distilled"
+MODELS: Final = (*CONTROLS, "multi", DISTILLED)
+"""Networks a clip can run on: one per control, the four-branch one, and the few-step edge one."""
+
 CHUNK_FRAMES: Final = 93
 """Video frames in one generated chunk (24 latent frames)."""
 

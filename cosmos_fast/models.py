@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import embedded, registry
-from .checkpoint import open_checkpoint
+from .checkpoint import Loaded, load_state, load_vae_state, open_checkpoint
 from .config import NetworkConfig
 from .disk_cache import DiskCache
-from .formats import CONTROLS, CheckpointError, SpecError
-from .planning import DISTILLED, MODELS, config_for
+from .formats import CONTROLS, DISTILLED, MODELS, CheckpointError, SpecError
+from .network_keys import to_ours
+from .planning import config_for
 from .spec import Spec
 from .style import STYLE_CACHE, STYLE_CACHE_BYTES, SiglipStyle
 from .text import TinyText
@@ -158,6 +163,23 @@ def locate_vae(vae: str | Path | None, beside: Located) -> Path:
     return path
 
 
+def network_state(source: Located, dtype: torch.dtype, device: torch.device) -> Loaded:
+    """Sizes and weights of a network, by our names."""
+    if source.is_embedded:
+        config, published = embedded.state(source.model)
+        state = to_ours(published, config, dtype, device)
+        return Loaded(config, state, ("checkpoint: the tiny model inside the package.",))
+    kind = "distilled" if source.model == DISTILLED else "single"
+    return load_state(source.files, dtype=dtype, device=device, model=kind)
+
+
+def vae_state(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Weights of the video VAE that `locate_vae` found, by their published names."""
+    if path == embedded.vae_file():
+        return {name: tensor.to(device, dtype) for name, tensor in embedded.vae_state().items()}
+    return load_vae_state(path, dtype, device)
+
+
 CARD = "model.json"
 """Beside a checkpoint that is not the published one: what its tensors do not tell, such as chunk lengths."""
 
@@ -213,6 +235,19 @@ def own_text(checkpoint: str | Path | Mapping[str, str | Path] | None) -> TinyTe
         return None
     path = beside(checkpoint, "text.safetensors")
     return TinyText.load(path) if path else None
+
+
+def offers_style(
+    checkpoint: str | None, style_encoder: str | None, configs: Mapping[str, NetworkConfig] | None
+) -> bool:
+    """Whether style images can be encoded for these weights, as far as is known before they are loaded."""
+    if is_embedded(checkpoint):
+        return True
+    published = NetworkConfig.single().image_width
+    is_known = (
+        style_encoder is not None or not configs or any(c.image_width == published for c in configs.values())
+    )
+    return is_known and importlib.util.find_spec("transformers") is not None
 
 
 def open_style(

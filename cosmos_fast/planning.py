@@ -16,15 +16,11 @@ from .chunking import chunk_plan, read_label_mask
 from .clip_plan import BatchPlan, ClipPlan
 from .config import NetworkConfig
 from .control_spec import Control
-from .formats import CHUNK_FRAMES, CONTROLS, CosmosFastError, SpecError, model_size
+from .formats import CHUNK_FRAMES, CONTROLS, DISTILLED, MODELS, CosmosFastError, SpecError, model_size
 from .outputs import name_problems
 from .recipe import Plan, Recipe
 from .spec import Spec
 from .video import Probe, probe
-
-DISTILLED = "edge/distilled"
-MODELS = (*CONTROLS, "multi", DISTILLED)
-"""Networks a clip can run on: one per control, the four-branch one, and the few-step edge one."""
 
 MAKERS = ("edge", "vis", "depth", "seg", "mask", "style")
 """What can be computed here from the input: controls by name, "mask" from a mask_prompt, "style" images."""

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .disk_cache import CACHE_HOME
+from .cli_options import PATHS, together, with_cache_dir
 from .formats import EnvironmentProblem, SpecError
 
 if TYPE_CHECKING:
     from .clip_plan import ClipPlan
     from .config import NetworkConfig
-    from .outputs import OutputFolder
     from .text import TextEncoder
 
-_OPTIONS = [
-    click.option("--text-embeddings", type=click.Path(path_type=Path), help="Embeddings of the prompts, made beforehand."),
+text_options = together(
+    click.option("--text-embeddings", type=PATHS, help="Embeddings of the prompts, made beforehand."),
     click.option("--text-encoder", help="Prompt encoder: reason1 (published, 7B) or a folder laid out like it; default: the "
                  "one beside the checkpoint, else reason1."),
     click.option("--text-mode", type=click.Choice(["auto", "bf16", "int8", "offload"]), default="auto", show_default=True,
                  help="Weights of reason1: on the GPU (13 GB), there in 8 bits (other results), layer by layer (1 GB), or auto: "
                  "bf16 where it fits, else offload."),
-    click.option("--cache-dir", type=click.Path(path_type=Path), default=CACHE_HOME, show_default=True,
-                 envvar="COSMOS_FAST_CACHE", help="Folder for embeddings that are used again; also COSMOS_FAST_CACHE."),
-]  # fmt: skip
-
-
-def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that `text_encoder` reads."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    with_cache_dir,
+)  # fmt: skip
+"""The options that `text_encoder` reads."""
 
 
 def text_encoder(options: Mapping[str, Any]) -> TextEncoder:
@@ -91,18 +82,6 @@ def made_by(text: TextEncoder) -> dict[str, Any] | None:
     if isinstance(text, FileText):
         return None
     return {key: item for key, item in describe_encoder(text).items() if key != "mode"}
-
-
-def waiting(
-    clips: Sequence[ClipPlan], folder: OutputFolder, made_with: Callable[[str], dict[str, Any]]
-) -> list[ClipPlan]:
-    """The clips that a resumed batch will make: prompts of finished ones need no encoder."""
-    made = {model: made_with(model) for model in dict.fromkeys(clip.model for clip in clips)}
-    return [
-        clip
-        for clip in clips
-        if not folder.clip(clip.spec.name).is_done(clip.spec.hash(), **made[clip.model])
-    ]
 
 
 def prepare(

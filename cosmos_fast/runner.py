@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,9 @@ def run_batch(
     summary, disk_failures = Summary(), 0
     prepared: dict[str, ClipPlan | Exception] | None = None
     for model in dict.fromkeys(clip.model for clip in batch.clips):
-        waiting = [clip for clip in batch.clips if clip.model == model]
         engine: Engine | None = None
         made_with = options.made_with(model) if options.resume else {}
-        for clip in waiting:
+        for clip in (clip for clip in batch.clips if clip.model == model):
             outputs = folder.clip(clip.spec.name)
             stop.check()
             with contextlib.ExitStack() as held:
@@ -143,6 +142,14 @@ def redo_reason(
     return outputs.redo_reason(clip.spec.hash(), is_screened=is_screened, made=made or None, **made_with)
 
 
+def waiting(clips: Sequence[ClipPlan], folder: OutputFolder, options: Options) -> list[ClipPlan]:
+    """Those of `clips` that a batch will make: all, or when it is resumed those that are not done."""
+    if not options.resume:
+        return list(clips)
+    made = {model: options.made_with(model) for model in dict.fromkeys(clip.model for clip in clips)}
+    return [c for c in clips if redo_reason(c, folder.clip(c.name), options, made[c.model]) is not None]
+
+
 def prepare(
     batch: BatchPlan, folder: OutputFolder, options: Options, stop: StopFlag, on_made: OnMade | None
 ) -> dict[str, ClipPlan | Exception]:
@@ -159,11 +166,7 @@ def prepare(
     clips = [clip for clip in batch.clips if makers.needs(clip)]
     for model in dict.fromkeys(clip.model for clip in clips):
         options.made_with(model)  # finds the weights: what is missing shows before controls are made
-    if options.resume:
-        done = (
-            redo_reason(c, folder.clip(c.name), options, options.made_with(c.model)) is None for c in clips
-        )
-        clips = [clip for clip, is_done in zip(clips, done, strict=True) if not is_done]
+    clips = waiting(clips, folder, options)
     clips = [clip for clip in clips if blocked(options.guardrails, batch, clip) is None]
     return makers.prepare(clips, on_frame)
 

@@ -353,17 +353,15 @@ def test_command_line_takes_an_encoder_and_finds_its_faults_first(
 
 
 def test_command_line_offers_style_where_it_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosmos_fast import cli_guards
+    from cosmos_fast import models
     from cosmos_fast.config import NetworkConfig
 
     published, own = {"edge": NetworkConfig.single()}, {"edge": system.smallest("edge")}
-    assert cli_guards.offers_style(
-        None, None, own
-    )  # the tiny model inside the package has an encoder of its own
-    assert cli_guards.offers_style("published", None, {}) and cli_guards.offers_style("x", None, published)
-    assert cli_guards.offers_style("x", "folder", own) and not cli_guards.offers_style("x", None, own)
+    assert models.offers_style(None, None, own)  # the tiny model inside the package has an encoder of its own
+    assert models.offers_style("published", None, {}) and models.offers_style("x", None, published)
+    assert models.offers_style("x", "folder", own) and not models.offers_style("x", None, own)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not cli_guards.offers_style("published", None, {}) and cli_guards.offers_style(None, None, own)
+    assert not models.offers_style("published", None, {}) and models.offers_style(None, None, own)
 
 
 def test_the_first_release_is_known_to_take_no_style_image(tmp_path: Path) -> None:
