@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .attention import Attend
 from .config import NetworkConfig
 from .context import FREQUENCIES, Context, Controls, Modulation, Prompt, Stem, Tables, rope
 from .formats import PATCH, Rows
 from .ops import Pending
+from .self_attention import SelfAttention, exact
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class AdaLN(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, MLP, each modulated and gated. Base and control blocks alike."""
 
-    def __init__(self, c: NetworkConfig, attend: Attend) -> None:
+    def __init__(self, c: NetworkConfig, attend: SelfAttention) -> None:
         super().__init__()
         self.attend = attend
         self.qkv, self.attn_out = linear(c.width, 3 * c.width), linear(c.width, c.width)
@@ -138,8 +138,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Pending]:
         shift, scale, gate = mod.at(step, 0)
         x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
-        q, k, v = ops.qk_norm_rope(self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin)
-        return x, Pending(self.attn_out(self.attend(q, k, v).flatten(1)), gate)
+        attended = self.attend(self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin, step)
+        return x, Pending(self.attn_out(attended), gate)
 
     def opening(self, x: Tensor, mod: Modulation, step: int, ctx: Context) -> Tensor:
         """x (L, D) after self-attention, its debt settled: one tensor, not two, to keep for the other prompt."""
@@ -160,7 +160,7 @@ class Block(nn.Module):
 class ControlBranch(nn.Module):
     """One control: patch embedding, a chain of blocks, and a projection of each block's output to a hint."""
 
-    def __init__(self, c: NetworkConfig, attend: Attend) -> None:
+    def __init__(self, c: NetworkConfig, attend: SelfAttention) -> None:
         super().__init__()
         self.embed = linear(c.control_in, c.width)
         self.before_proj = linear(c.width, c.width, bias=True)
@@ -221,7 +221,7 @@ class Head(nn.Module):
 class Network(nn.Module):
     """The base stack with its control branches. Build on the meta device, then load with assign=True."""
 
-    def __init__(self, config: NetworkConfig, attend: Attend = ops.attention) -> None:
+    def __init__(self, config: NetworkConfig, attend: SelfAttention = exact) -> None:
         super().__init__()
         self.config = config
         self.x_embed = linear(config.patch_in, config.width)

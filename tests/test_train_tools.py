@@ -30,8 +30,9 @@ from sizes import Sizes  # noqa: E402
 from vae_forward import Passes, publish_, standardise_  # noqa: E402
 from vae_stage import trained  # noqa: E402
 
-from cosmos_fast import controls, ops, sampler  # noqa: E402
+from cosmos_fast import controls, sampler  # noqa: E402
 from cosmos_fast.network import ControlBranch, Network, Pair, Single  # noqa: E402
+from cosmos_fast.self_attention import exact  # noqa: E402
 from cosmos_fast.tiny_style import TinyStyle  # noqa: E402
 from cosmos_fast.vae import VAE  # noqa: E402
 from cosmos_fast.vae_keys import VAEConfig  # noqa: E402
@@ -120,7 +121,7 @@ def test_without_a_style_image_the_image_path_adds_nothing() -> None:
 
 def test_fresh_branches_add_nothing_and_learn() -> None:
     network, text = build_toy()
-    branch = ControlBranch(network.config, ops.attention)
+    branch = ControlBranch(network.config, exact)
     branch_from_base(branch, network)
     z, times, mask = torch.randn(1, 16, *GRID), torch.tensor([[500]]), torch.zeros(1, 2)
     hint = Hint(branch, slice(0, 1), torch.randn(1, 16, *GRID), torch.ones(1))

@@ -18,9 +18,9 @@ from recording import Run, Trainer, record, sheet
 from torch import Tensor, nn
 from vae_stage import trained
 
-from cosmos_fast import ops
 from cosmos_fast.formats import CONTROLS
 from cosmos_fast.network import ControlBranch, Network
+from cosmos_fast.self_attention import exact
 
 STYLE_SHARE = 0.15
 TOGETHER = ((1, 0.80), (2, 0.12), (4, 0.08))
@@ -35,7 +35,7 @@ FROZEN = ("image_q", "image_kv")
 def build(run: Run, network: Network) -> nn.ModuleDict:
     """Four branches that start as copies of the base and add nothing yet."""
     with torch.device("meta"):
-        branches = nn.ModuleDict({n: ControlBranch(network.config, ops.attention) for n in CONTROLS})
+        branches = nn.ModuleDict({n: ControlBranch(network.config, exact) for n in CONTROLS})
     branches.to_empty(device=run.device)
     for branch in branches.values():
         branch_from_base(branch, network)  # type: ignore[arg-type]
