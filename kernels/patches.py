@@ -5,75 +5,110 @@
 
 Shapes: z (C, T, H, W) of any strides, mask (T,), vectors (L, 4*(C+2)) or (L, 4*C), L = T * H/2 * W/2.
 Bytes at C 16, T 24, H 88, W 160: patchify bf16 23 MB, unpatchify fp32 43 MB; floors 0.008 and 0.015 ms at
-2.98 TB/s, the assumed copy of one H100: launches, next to blocks of milliseconds. Writes are coalesced; reads of
-neighbouring lanes share sectors that L1 keeps.
+2.98 TB/s, the assumed copy of one H100: a copy of as many bytes is the fair measure, for starting and ending count too.
+
+Along a row of pixels the latent is contiguous, along its features a vector is: one program reads a strip of neighbouring
+tokens one way, 16 bytes at a time, turns it in shared memory and writes it the other way, 16 bytes at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
-from cosmos_fast.kernels.launch import Config, on_device_of
+from cosmos_fast.kernels.launch import on_device_of
 from torch import Tensor
 
-# block: tokens, and columns. Swept like adaln's.
-PATCHIFY, UNPATCHIFY = Config(32, 4), Config(128, 4)
+
+@dataclass(frozen=True)
+class Strip:
+    """What one program turns: rows of tokens, tokens of each row; warps: of 32 threads each."""
+
+    rows: int
+    tokens: int
+    warps: int
+
+
+# A row of 720p has 80 tokens, one of 480p 48: 16 divides both.
+PATCHIFY, UNPATCHIFY = Strip(2, 16, 4), Strip(2, 16, 4)
 
 
 @triton.jit
 def _patchify_kernel(
-    z, mask, out, tokens, h_tokens, w_tokens, c_stride, t_stride, h_stride, w_stride, mask_stride,
-    C: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr,
+    z, mask, out, token_rows, H, W, c_stride, t_stride, h_stride, w_stride, mask_stride,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     FEATURES: tl.constexpr = 4 * (C + 2)
-    token = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    feature = tl.arange(0, BLOCK_F)[None, :]
-    keep = (token < tokens) & (feature < FEATURES)
-    c, i, j = feature // 4, feature // 2 % 2, feature % 2
-    t, h, w = token // (h_tokens * w_tokens), token // w_tokens % h_tokens, token % w_tokens
-    source = c.to(tl.int64) * c_stride + t * t_stride + (2 * h + i) * h_stride + (2 * w + j) * w_stride
-    value = tl.load(z + source, keep & (c < C), 0.0)
-    known = tl.load(mask + t * mask_stride + feature * 0, keep & (c == C), 0.0)
-    tl.store(out + token * FEATURES + feature, tl.where(c == C, known.to(value.dtype), value), keep)
+    line = tl.arange(0, ROWS * BLOCK_C * 2)[:, None]  # (row, c, i)
+    column = (tl.program_id(1) * TOKENS * 2 + tl.arange(0, TOKENS * 2))[None, :]  # (w, j)
+    row, c, i = tl.program_id(0) * ROWS + line // (BLOCK_C * 2), line // 2 % BLOCK_C, line % 2
+    t, h = row // (H // 2), row % (H // 2)
+    start = c.to(tl.int64) * c_stride + t.to(tl.int64) * t_stride + (2 * h + i) * h_stride
+    value = tl.load(z + start + column * w_stride, (row < token_rows) & (c < C) & (column < W), 0.0)
+    value = tl.reshape(value, (ROWS, BLOCK_C * 2, TOKENS, 2))
+    value = tl.reshape(tl.permute(value, (0, 2, 1, 3)), (ROWS * TOKENS, BLOCK_C * 4))
+
+    place = tl.arange(0, ROWS * TOKENS)[:, None]
+    row, w = tl.program_id(0) * ROWS + place // TOKENS, tl.program_id(1) * TOKENS + place % TOKENS
+    here = (row < token_rows) & (w < W // 2)
+    to = out + (row.to(tl.int64) * (W // 2) + w) * FEATURES
+    feature = tl.arange(0, BLOCK_C * 4)[None, :]
+    tl.store(to + feature, value, here & (feature < 4 * C))
+    flag = tl.arange(0, 8)[None, :]
+    known = tl.load(mask + row // (H // 2) * mask_stride + flag * 0, here & (flag < 4), 0.0)
+    tl.store(to + 4 * C + flag, known.to(out.dtype.element_ty), here)
 
 
 @triton.jit
 def _unpatchify_kernel(
-    y, out, T, H, W, token_stride, feature_stride, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
-):
-    line = tl.program_id(0).to(tl.int64)  # t * H + h
-    t, h = line // H, line % H
-    c = tl.arange(0, BLOCK_C)[:, None]
-    w = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    keep = (c < C) & (w < W)
-    token = (t * (H // 2) + h // 2) * (W // 2) + w // 2
-    feature = (h % 2 * 2 + w % 2) * C + c
-    value = tl.load(y + token * token_stride + feature * feature_stride, keep)
-    tl.store(out + ((c.to(tl.int64) * T + t) * H + h) * W + w, value, keep)
+    y, out, token_rows, T, H, W, token_stride, feature_stride,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    place = tl.arange(0, ROWS * TOKENS)[:, None]
+    row, w = tl.program_id(0) * ROWS + place // TOKENS, tl.program_id(1) * TOKENS + place % TOKENS
+    feature = tl.arange(0, 4 * BLOCK_C)[None, :]  # (i, j, c)
+    c = feature % BLOCK_C
+    start = (row.to(tl.int64) * (W // 2) + w) * token_stride
+    keep = (row < token_rows) & (w < W // 2) & (c < C)
+    value = tl.load(y + start + (feature // BLOCK_C * C + c) * feature_stride, keep, 0.0)
+    value = tl.reshape(value, (ROWS, TOKENS, 2, 2, BLOCK_C))
+    value = tl.reshape(tl.permute(value, (0, 4, 2, 1, 3)), (ROWS * BLOCK_C * 2, TOKENS * 2))
+
+    line = tl.arange(0, ROWS * BLOCK_C * 2)[:, None]  # (row, c, i)
+    column = (tl.program_id(1) * TOKENS * 2 + tl.arange(0, TOKENS * 2))[None, :]  # (w, j)
+    row, c, i = tl.program_id(0) * ROWS + line // (BLOCK_C * 2), line // 2 % BLOCK_C, line % 2
+    t, h = row // (H // 2), row % (H // 2)
+    start = ((c.to(tl.int64) * T + t) * H + 2 * h + i) * W
+    tl.store(out + start + column, value, (row < token_rows) & (c < C) & (column < W))
 
 
-def patchify(z: Tensor, mask: Tensor, *, config: Config = PATCHIFY) -> Tensor:
+def _grid(token_rows: int, W: int, strip: Strip) -> tuple[int, int]:
+    return triton.cdiv(token_rows, strip.rows), triton.cdiv(W // 2, strip.tokens)
+
+
+def patchify(z: Tensor, mask: Tensor, *, strip: Strip = PATCHIFY) -> Tensor:
     """z (C, T, H, W), mask (T,) -> (L, 4*(C+2))."""
     C, T, H, W = z.shape
-    tokens, features = T * (H // 2) * (W // 2), 4 * (C + 2)
-    out = z.new_empty(tokens, features)
-    if tokens:
+    token_rows = T * (H // 2)
+    out = z.new_empty(token_rows * (W // 2), 4 * (C + 2))
+    if out.numel():
         with on_device_of(z):
-            _patchify_kernel[(triton.cdiv(tokens, config.block),)](
-                z, mask, out, tokens, H // 2, W // 2, *z.stride(), mask.stride(0), C=C, BLOCK=config.block,
-                BLOCK_F=triton.next_power_of_2(features), num_warps=config.warps,
+            _patchify_kernel[_grid(token_rows, W, strip)](
+                z, mask, out, token_rows, H, W, *z.stride(), mask.stride(0), C=C, BLOCK_C=triton.next_power_of_2(C),
+                ROWS=strip.rows, TOKENS=strip.tokens, num_warps=strip.warps,
             )  # fmt: skip
     return out
 
 
-def unpatchify(y: Tensor, T: int, H: int, W: int, *, config: Config = UNPATCHIFY) -> Tensor:
+def unpatchify(y: Tensor, T: int, H: int, W: int, *, strip: Strip = UNPATCHIFY) -> Tensor:
     """y (L, 4*C) -> (C, T, H, W)."""
-    C = y.shape[1] // 4
+    C, token_rows = y.shape[1] // 4, T * (H // 2)
     out = y.new_empty(C, T, H, W)
     if out.numel():
         with on_device_of(y):
-            _unpatchify_kernel[(T * H, triton.cdiv(W, config.block))](
-                y, out, T, H, W, *y.stride(), C=C, BLOCK_C=triton.next_power_of_2(C), BLOCK=config.block,
-                num_warps=config.warps,
+            _unpatchify_kernel[_grid(token_rows, W, strip)](
+                y, out, token_rows, T, H, W, *y.stride(), C=C, BLOCK_C=triton.next_power_of_2(C),
+                ROWS=strip.rows, TOKENS=strip.tokens, num_warps=strip.warps,
             )  # fmt: skip
     return out

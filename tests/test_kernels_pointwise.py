@@ -67,6 +67,20 @@ def test_unpatchify_reads_features_row_column_channel() -> None:
         assert z[c, t, h, w] == token[h % 2, w % 2, c]
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("strip", [(1, 2, 1), (2, 4, 2), (4, 16, 4), (8, 1, 4)])
+def test_every_strip_turns_the_same_values(strip: tuple[int, int, int]) -> None:
+    """Rows and tokens that do not divide those of the latent, and strips larger than all of it."""
+    patches = kernels("patches")
+    z, mask = torch.randn(3, 3, 6, 10), torch.tensor([1.0, 0.0, 1.0])
+    vectors = reference.patchify(z, mask)
+    assert torch.equal(patches.patchify(z, mask, strip=patches.Strip(*strip)), vectors)
+    y = torch.randn(3 * 3 * 5, 4 * 3)
+    assert torch.equal(
+        patches.unpatchify(y, 3, 6, 10, strip=patches.Strip(*strip)), reference.unpatchify(y, 3, 6, 10)
+    )
+
+
 def test_unpatchify_never_returns_its_input() -> None:
     y = torch.randn(1, 4)
     assert ops.unpatchify(y, 1, 2, 2).data_ptr() != y.data_ptr()
