@@ -74,7 +74,8 @@ class Plan:
     """Where the work runs.
 
     device: "cuda", "cuda:N", "cpu", or None to take a GPU when there is one.
-    context, cfg: ranks that share the tokens, and ranks that share the two guidance passes; 1 for now.
+    context, cfg: ranks that share the tokens, any number, and that share the two guidance passes, 1 or 2; their product
+    is how many ranks are started. A model without guidance gains nothing from cfg=2.
     vae_encode_window: video frames encoded at once after the first, a multiple of 4. The published system
     takes 16; 4 costs little time and less than half the memory (docs/log.md).
     vae_decode_window: latent frames decoded at once. Both windows change memory, never the result.
@@ -95,10 +96,9 @@ class Plan:
             raise ValueError(f"plan: device must be cpu, cuda, cuda:N or None, got {device!r}.")
         for key in ("context", "cfg"):
             value = getattr(self, key)
-            if type(value) is not int or value != 1:
-                raise ValueError(
-                    f"plan: {key} must be 1, got {value!r}. Several GPUs per clip are not supported yet."
-                )
+            if type(value) is not int or value < 1 or (key == "cfg" and value > 2):
+                rule = "1 or 2, the passes of guidance" if key == "cfg" else "a positive number of ranks"
+                raise ValueError(f"plan: {key} must be {rule}, got {value!r}.")
         for key, unit in (("vae_encode_window", 4), ("vae_decode_window", 1)):
             value = getattr(self, key)
             if type(value) is not int or value < unit or value % unit:
@@ -111,6 +111,10 @@ class Plan:
             raise ValueError(f"plan: graphs must be True or False, got {self.graphs!r}.")
         if self.graphs and self.device == "cpu":
             raise ValueError("plan: graphs need a CUDA device, got device='cpu'. Leave graphs off.")
+        if self.graphs and self.context > 1:
+            raise ValueError(
+                f"plan: graphs need context=1, got {self.context}. Exchanges between ranks are not recorded."
+            )
 
     __repr__ = __str__ = _one_line
 

@@ -17,7 +17,7 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
         Recipe.preset("fast")
     assert Plan(device="cuda:1").to_dict()["device"] == "cuda:1" and "\n" not in str(Plan())
     for bad in (
-        {"device": "tpu"}, {"device": "cuda:x"}, {"context": 2}, {"cfg": 2}, {"cfg": True},
+        {"device": "tpu"}, {"device": "cuda:x"}, {"context": 0}, {"context": 2.0}, {"cfg": 3}, {"cfg": True},
         {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0}, {"graphs": 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"plan: {next(iter(bad))} must be"):
