@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import NetworkConfig
 from .formats import PATCH, Rows
+from .parallel import Shard
 
 if TYPE_CHECKING:
     from .network import TextKeys
@@ -60,10 +61,22 @@ class Controls:
     tokens: tuple[Tensor, ...]
     weights: Tensor | None
 
+    def of(self, shard: Shard) -> Controls:
+        """What concerns the tokens of one rank, in memory of its own; itself where one rank has all."""
+        if shard.group.size == 1:
+            return self
+        tokens, weights = tuple(shard.split(x).clone() for x in self.tokens), self.weights
+        if weights is not None and weights.shape[1] > 1:
+            weights = shard.split(weights, dim=1).contiguous()
+        return Controls(self.branches, tokens, weights)
+
 
 @dataclass(frozen=True)
 class Context:
-    """Everything one chunk needs besides the latent. cos, sin (L, K/2) fp32; mask (T,); grid (T, H, W)."""
+    """Everything one chunk needs besides the latent. cos, sin (L, K/2) fp32; mask (T,); grid (T, H, W).
+
+    shard: which of the L tokens this rank computes; controls and rows are of those, cos and sin of all.
+    """
 
     prompt: Prompt
     controls: Controls
@@ -73,6 +86,7 @@ class Context:
     mask: Tensor
     rows: Rows
     grid: tuple[int, int, int]
+    shard: Shard
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .config import NetworkConfig
 from .context import FREQUENCIES, Context, Controls, Modulation, Prompt, Stem, Tables, rope
 from .formats import PATCH, Rows
 from .ops import Pending
+from .parallel import ALONE, Group, Shard
 from .self_attention import SelfAttention, exact
 
 
@@ -215,15 +216,18 @@ class Head(nn.Module):
     def forward(self, x: Tensor, pending: Pending, step: int, ctx: Context) -> Tensor:
         shift, scale = ctx.tables.head[step]
         _, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows, out=torch.float32)
-        return ops.unpatchify(F.linear(h, self.linear.weight.float()), *ctx.grid)
+        return ops.unpatchify(ctx.shard.join(F.linear(h, self.linear.weight.float())), *ctx.grid)
 
 
 class Network(nn.Module):
-    """The base stack with its control branches. Build on the meta device, then load with assign=True."""
+    """The base stack with its control branches. Build on the meta device, then load with assign=True.
 
-    def __init__(self, config: NetworkConfig, attend: SelfAttention = exact) -> None:
+    ranks: who shares the tokens, with an `attend` that exchanges them; every rank takes and returns whole latents.
+    """
+
+    def __init__(self, config: NetworkConfig, attend: SelfAttention = exact, ranks: Group = ALONE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.x_embed = linear(config.patch_in, config.width)
         self.time = TimeEmbedding(config)
         self.text_proj = linear(config.text_width, config.text_dim, bias=True)
@@ -319,13 +323,15 @@ class Network(nn.Module):
         tokens = T * (H // PATCH) * (W // PATCH)
         if R not in (1, T):
             raise ValueError(f"prepare: times per step must be 1 or {T}, got {R}.")
-        return [Context(p, controls, tables, cos, sin, mask, Rows(tokens // R), grid) for p in prompts]
+        shard = Shard(self.ranks, tokens)
+        rows, held = Rows(tokens // R, shard.start), controls.of(shard)
+        return [Context(p, held, tables, cos, sin, mask, rows, grid, shard) for p in prompts]
 
     # --- what does ---
 
     def stem(self, z_CTHW: Tensor, step: int, ctx: Context) -> Stem:
         """Embed, and run block 0 of the base and of each active control up to the end of self-attention."""
-        x = self.x_embed(ops.patchify(z_CTHW, ctx.mask))
+        x = self.x_embed(ctx.shard.split(ops.patchify(z_CTHW, ctx.mask)))
         control = tuple(
             self.control[j].blocks[0].opening(tokens + x, ctx.tables.control[j][0], step, ctx)
             for j, tokens in zip(ctx.controls.branches, ctx.controls.tokens, strict=True)

@@ -223,6 +223,10 @@ class Group:
         return dist.get_global_rank(self.handle, rank) if self.handle is not None else rank
 
 
+ALONE = Group()
+"""The group of one rank, on which every call is the identity."""
+
+
 def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
@@ -307,6 +311,13 @@ class Shard:
 
     group: Group
     tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.group.size:
+            raise ValueError(
+                f"shard: there must be a token for every one of {self.group.size} ranks, got {self.tokens}. "
+                "Use fewer ranks for so small a picture."
+            )
 
     @property
     def sizes(self) -> list[int]:

@@ -29,7 +29,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     3: ("quant parallel", "self_attention"),
     4: (
         "network vae text text_cache depth segmentation tiny_style style guardrails",
-        "context reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
+        "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
     ),
     5: ("sampler cache graphs", ""),
     6: ("engine", "planning clip_plan inputs costs models makers"),

@@ -1,0 +1,194 @@
+"""Self-attention over tokens that are spread over ranks: everybody's tokens of a few heads, instead of all heads of a few.
+
+    norm, rotate (own tokens, all heads) -> pack -> all-to-all -> attend (all tokens, own heads) -> all-to-all -> own tokens
+
+A rank attends some heads for some queries. With at most as many ranks as heads, and heads that divide evenly, every rank
+takes its heads for all queries (Ulysses). Otherwise the ranks form a grid: the columns share the heads, the rows share
+the queries, and every rank gets the keys of its heads from everybody. Each query still sees all keys in one call of the
+attention, so no partial softmax is ever merged and the values are those of one rank.
+
+What travels is what the producer of the operands made, byte for byte: 8-bit operands travel as 8 bits.
+
+Letters: L tokens, Lr tokens of this rank, Lq queries this rank attends, N heads, n heads in one exchange, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .parallel import Exchange, Group, Shard
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What attention reads of each token and head: tensors (L, N, ...), contiguous behind the heads. Any dtypes.
+
+    queries: needed where the token's own output is computed; keys: needed wherever any output is computed.
+    """
+
+    queries: Tensors
+    keys: Tensors
+
+
+class Produce(Protocol):
+    def __call__(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Operands:
+        """Token by token. Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (Lr, K/2) fp32."""
+
+
+class Attend(Protocol):
+    def __call__(self, operands: Operands, step: int) -> Tensor:
+        """Queries (Lq, n, ...), keys (L, n, ...), rows may be strided -> (Lq, n, K)."""
+
+
+def exact_operands(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+) -> Operands:
+    """q, k and v in the dtype of qkv."""
+    q, k, v = ops.qk_norm_rope(qkv, q_gain, k_gain, cos, sin)
+    return Operands((q,), (k, v))
+
+
+def exact_attend(operands: Operands, step: int) -> Tensor:
+    """In the dtype of the operands, nothing quantised."""
+    return ops.attention(*operands.queries, *operands.keys)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which heads for which queries each rank attends: rank p heads of column p % columns, queries of row p // columns.
+
+    Row i holds the tokens of ranks i * columns to (i + 1) * columns - 1, which are consecutive.
+    """
+
+    heads: int
+    shard: Shard
+
+    @property
+    def columns(self) -> int:
+        """As many as the heads allow: each column takes the same number of heads."""
+        return math.gcd(self.heads, self.shard.group.size)
+
+    @property
+    def rows(self) -> int:
+        return self.shard.group.size // self.columns
+
+    @property
+    def row(self) -> range:
+        """Ranks of this rank's row: whose queries it attends, and who attends its own."""
+        first = self.shard.group.rank // self.columns * self.columns
+        return range(first, first + self.columns)
+
+    def in_row(self, counts: Sequence[int]) -> list[int]:
+        """counts of the ranks of this row, zero for all others."""
+        return [count if rank in self.row else 0 for rank, count in enumerate(counts)]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """A SelfAttention over the tokens of all ranks of `group`.
+
+    parts: into how many parts a rank's heads are cut at most, so that the exchange of one part runs beneath the attention
+    of another. It changes no value. cos and sin are those of all tokens, on every rank.
+    """
+
+    group: Group
+    produce: Produce = exact_operands
+    attend: Attend = exact_attend
+    parts: int = 2
+
+    def __call__(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Tensor:
+        """Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (L, K/2) fp32; returns (Lr, N*K)."""
+        K, Lr = q_gain.shape[0], qkv.shape[0]
+        grid = Grid(qkv.shape[1] // (3 * K), Shard(self.group, cos.shape[0]))
+        operands = self.produce(qkv, q_gain, k_gain, grid.shard.split(cos), grid.shard.split(sin), step)
+        per_column = grid.heads // grid.columns
+        parts = cuts(per_column, self.parts)
+        # All are sent before the first is awaited: what arrives later does so while the first is attended.
+        arriving = [_send(operands, part, grid) for part in parts]
+        returning = [_send_back(self.attend(sent(), step), grid) for sent in arriving]
+        out = qkv.new_empty(Lr, grid.columns, per_column, K)
+        for part, exchange in zip(parts, returning, strict=True):
+            own = exchange.wait().view(out.dtype).view(grid.columns, Lr, part.stop - part.start, K)
+            out[:, :, part].copy_(own.transpose(0, 1))
+        return out.view(Lr, -1)
+
+
+def cuts(heads: int, parts: int) -> list[slice]:
+    """`heads` heads in at most `parts` runs of nearly equal length, none empty."""
+    parts = min(parts, heads)
+    ends = [heads * (i + 1) // parts for i in range(parts)]
+    return [slice(start, stop) for start, stop in zip([0, *ends], ends)]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Tensors (L, n, ...) on their way, side by side in one row of bytes per token."""
+
+    exchange: Exchange
+    like: Tensors
+
+    @classmethod
+    def send(cls, tensors: Tensors, part: slice, grid: Grid, *, within_row: bool) -> Parcel:
+        """Send this rank's tokens (Lr, N, ...), of every column the heads of `part`, to the ranks that attend them.
+
+        within_row: to and from the ranks of this row; else every rank of a column gets the tokens of every rank.
+        """
+        sizes = grid.shard.sizes
+        targets, Lr = [tensors[0].shape[0]] * len(sizes), tensors[0].shape[0]
+        if within_row:
+            targets, sizes = grid.in_row(targets), grid.in_row(sizes)
+        cut = [t.unflatten(1, (grid.columns, -1))[:, :, part] for t in tensors]
+        like = tuple(t[:0, 0] for t in cut)
+        widths = [_width(t) for t in like]
+        # Rank after rank: for each row of the grid that gets them, for each column, the tokens.
+        copies = 1 if within_row else grid.rows
+        packed = tensors[0].new_empty(copies, grid.columns, Lr, sum(widths), dtype=torch.uint8)
+        for tensor, place in zip(cut, packed.split(widths, dim=-1), strict=True):
+            place.view(tensor.dtype).copy_(tensor.flatten(2).transpose(0, 1))
+        return cls(grid.shard.group.all_to_all(packed.flatten(0, 2), targets, sizes), like)
+
+    def wait(self) -> Tensors:
+        """The tensors (tokens received, n, ...): views of what arrived."""
+        columns = self.exchange.wait().split([_width(t) for t in self.like], dim=1)
+        return tuple(
+            c.view(t.dtype).unflatten(1, t.shape[1:]) for c, t in zip(columns, self.like, strict=True)
+        )
+
+
+def _width(like: Tensor) -> int:
+    """Bytes per token of a tensor (L, n, ...)."""
+    return math.prod(like.shape[1:]) * like.element_size()
+
+
+def _send(operands: Operands, part: slice, grid: Grid) -> Callable[[], Operands]:
+    """Start the exchange of some heads; calling what it returns waits for the operands that this rank attends."""
+    if grid.rows == 1:  # queries and keys go the same way: one message
+        both = Parcel.send((*operands.queries, *operands.keys), part, grid, within_row=True)
+        return lambda: _divided(both.wait(), len(operands.queries))
+    queries = Parcel.send(operands.queries, part, grid, within_row=True)
+    keys = Parcel.send(operands.keys, part, grid, within_row=False)
+    return lambda: Operands(queries.wait(), keys.wait())
+
+
+def _divided(tensors: Tensors, queries: int) -> Operands:
+    return Operands(tensors[:queries], tensors[queries:])
+
+
+def _send_back(attended: Tensor, grid: Grid) -> Exchange:
+    """(Lq, n, K) of the row's tokens -> (columns * Lr, n * K) as bytes of this rank's tokens, column after column."""
+    rows, sizes = attended.flatten(1).contiguous().view(torch.uint8), grid.shard.sizes
+    mine = [sizes[grid.shard.group.rank]] * len(sizes)
+    return grid.shard.group.all_to_all(rows, grid.in_row(sizes), grid.in_row(mine))
