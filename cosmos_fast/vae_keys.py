@@ -6,7 +6,7 @@ Imports nothing but the standard library. `vae.py` builds its modules from the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -226,7 +226,7 @@ class Conv(NamedTuple):
     """Elements of a channel carried from window to window: past frames times pixels of a frame."""
 
 
-def _convs(block: Block, frames: int, lead: int, pixels: int) -> tuple[list[Conv], int, int]:
+def block_convs(block: Block, frames: int, lead: int, pixels: int) -> tuple[list[Conv], int, int]:
     """Convs of a block on `frames` of `pixels` each, and the frames and pixels it gives."""
     kind, width, out = block
     size = frames * pixels
@@ -258,7 +258,7 @@ def vae_convs(
     top, bottom, z, pixels = config.top, config.bottom, config.latent_channels, height * width
     encode = [Conv(3, bottom, 27, frames * pixels, frames * pixels, 2 * pixels)]
     for block in encoder_blocks(config):
-        convs, frames, pixels = _convs(block, frames, lead, pixels)
+        convs, frames, pixels = block_convs(block, frames, lead, pixels)
         encode += convs
     size, past = frames * pixels, 2 * pixels
     residual = [Conv(top, top, 27, size, size, past)] * 2
@@ -266,7 +266,7 @@ def vae_convs(
     encode += [*middle, Conv(top, 2 * z, 27, size, size, past), Conv(2 * z, 2 * z, 1, size, size)]
     decode = [Conv(z, z, 1, size, size), Conv(z, top, 27, size, size, past), *middle]
     for block in decoder_blocks(config):
-        convs, frames, pixels = _convs(block, frames, lead, pixels)
+        convs, frames, pixels = block_convs(block, frames, lead, pixels)
         decode += convs
     decode.append(Conv(bottom, 3, 27, frames * pixels, frames * pixels, 2 * pixels))
     return encode, decode
@@ -296,19 +296,22 @@ def vae_memory(
 ) -> tuple[int, int]:
     """Numbers an encode and a decode hold at their peak beside weights, clip and result: an estimate.
 
-    Histories, plus what is alive in the widest conv: its input with history, its output, and the block's
-    own input. Workspaces of conv libraries are not counted.
+    Workspaces of conv libraries are not counted.
     """
-
-    def widest(convs: list[Conv]) -> int:
-        def alive(conv: Conv) -> int:
-            # A residual block keeps its input for the skip; an up-sampling conv's block input is 1/4 of it.
-            kept = conv.before if conv.taps == 27 else conv.before // 4
-            return conv.width * (conv.before + conv.past + kept) + conv.out * conv.after
-
-        return max(map(alive, convs))
-
-    history = vae_history(height, width, config)
     encode, _ = vae_convs(window, height, width, config, lead=0)
     _, decode = vae_convs(latent_window * config.stride, height, width, config, lead=0)
-    return history[0] + widest(encode), history[1] + widest(decode)
+    return peak(encode), peak(decode)
+
+
+def peak(convs: Sequence[Conv]) -> int:
+    """Most numbers held while `convs` run one after the other: all histories, and what is alive in the widest conv.
+
+    That is its input with history, its output, and the block's own input.
+    """
+
+    def alive(conv: Conv) -> int:
+        # A residual block keeps its input for the skip; an up-sampling conv's block input is 1/4 of it.
+        kept = conv.before if conv.taps == 27 else conv.before // 4
+        return conv.width * (conv.before + conv.past + kept) + conv.out * conv.after
+
+    return sum(conv.width * conv.past for conv in convs) + max(map(alive, convs))
