@@ -5,8 +5,10 @@
 Checks the small, odd, empty and production cases of `cosmos_fast.testing` in bf16 against the references; times the
 production ones, candidate by candidate in turn: triton, every built native one (cuda on a GPU), eager (the reference),
 compiled (the reference through torch.compile, as long as its budget lasts). Percentages are of the copy rate measured
-in the same run, or of its 8192-cubed GEMM where arithmetic is the bound (TFLOP/s then). --sweep also times other launch choices. Exit status 1 if anything failed; the JSON file is written
-all the same. --device cpu with TRITON_INTERPRET=1 is a dry run of this script.
+in the same run, or of its 8192-cubed GEMM where arithmetic is the bound (TFLOP/s then). What moves so little that starting and
+ending it counts is also compared with a copy of as many bytes, timed in turn with it, and once more among many launches in
+a CUDA graph. --sweep also times other launch choices. Exit status 1 if anything failed; the JSON file is written all the
+same. --device cpu with TRITON_INTERPRET=1 is a dry run of this script.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -59,6 +63,10 @@ class Run:
         self.checks = 0
         self.copy_gb_s = self.gemm_tflop_s = float("nan")
         self.flush: torch.Tensor | None = None
+        on_gpu = self.device.type == "cuda"
+        self.cold = (
+            L2_MULTIPLE * torch.cuda.get_device_properties(self.device).L2_cache_size if on_gpu else 2048
+        )
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -78,13 +86,12 @@ class Run:
         """Milliseconds of each launch by name, in turn; small operands are evicted from L2 before each."""
         if self.device.type == "cpu":
             return {name: [_wall_ms(call, args) for _ in range(3)] for name, call in calls.items()}
-        cold = torch.cuda.get_device_properties(self.device).L2_cache_size * L2_MULTIPLE
         if self.flush is None:
-            self.flush = torch.empty(cold, dtype=torch.uint8, device=self.device)
+            self.flush = torch.empty(self.cold, dtype=torch.uint8, device=self.device)
         marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         for turn in range(LAUNCHES + 3):
             for name, call in calls.items():
-                if moved < cold:
+                if moved < self.cold:
                     self.flush.zero_()
                 torch.cuda._sleep(QUEUE_CYCLES)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -95,6 +102,31 @@ class Run:
                     marks.append((name, begin, end))
             torch.cuda.synchronize()
         return {name: [b.elapsed_time(e) for n, b, e in marks if n == name] for name in calls}
+
+    def replayed(self, call: Call, make: Callable[[int], tuple[Any, ...]], moved: int) -> float:
+        """Milliseconds of a launch among many in a CUDA graph, each on operands and results that L2 has lost."""
+        sets = [make(seed) for seed in range(min(self.cold // moved + 2, 64))]
+        if self.device.type == "cpu":
+            return median(_wall_ms(call, args) for args in sets)
+        call(*sets[0])  # compiles, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = [call(*args) for args in sets]  # while they are held, no result takes the place of another
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(LAUNCHES + 1)]
+        graph.replay()
+        for mark in marks:
+            mark.record()
+            graph.replay()
+        torch.cuda.synchronize()
+        times = [begin.elapsed_time(end) / len(sets) for begin, end in zip(marks, marks[1:])]
+        del held
+        return median(times)
+
+    def copies(self, moved: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two buffers; copying one to the other reads and writes `moved` bytes in all."""
+        source = torch.full((moved // 2,), seed % 251 + 1, dtype=torch.uint8, device=self.device)
+        return torch.empty_like(source), source
 
     def measure_copy(self) -> None:
         size = 2**30 if self.device.type == "cuda" else 2**20
@@ -126,6 +158,10 @@ class Run:
             told = f"{row['tflop_s']:8.0f} TFLOP/s {row['gemm_pct']:6.1f} %"
         print(f"{op:15s} {case:15s} {name:12s} {mid:9.4f} ms {told}", flush=True)
         return row
+
+
+def copy(target: torch.Tensor, source: torch.Tensor, *_: object) -> torch.Tensor:
+    return target.copy_(source)
 
 
 def _wall_ms(call: Call, args: tuple[Any, ...]) -> float:
@@ -170,11 +206,40 @@ def production(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
             for name, call in calls.items():
                 run.check(f"{op} {case.name} {name}", op, call, args)
             moved = testing.nbytes(op, args, testing.as_tuple(calls["triton"](*args)))
-            timed = run.times({**calls, "eager": getattr(reference, op)}, args, moved)
-            run.rows += [run.row(op, case.name, name, times, moved, args) for name, times in timed.items()]
-            del args
+            alike = {"copy": partial(copy, *run.copies(moved))} if moved < run.cold else {}
+            timed = run.times({**calls, "eager": getattr(reference, op), **alike}, args, moved)
+            copied = median(timed.pop("copy", [0.0]))
+            rows = [run.row(op, case.name, name, times, moved, args) for name, times in timed.items()]
+            if copied:
+                small(run, op, case, dtype, calls, rows, copied)
+            run.rows += rows
+            del args, alike
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def small(
+    run: Run, op: str, case: testing.Case, dtype: torch.dtype, calls: dict[str, Call], rows: list[dict[str, Any]], copied: float
+) -> None:  # fmt: skip
+    """Beside a copy of as many bytes, that took `copied` ms in turn with them: adds to the rows of our versions."""
+    moved = rows[0]["bytes"]
+    copy_graph = run.replayed(copy, lambda seed: run.copies(moved, seed), moved)
+    for row in rows:
+        row |= {"equal_copy_ms": copied, "equal_copy_pct": 100 * copied / row["ms"]}
+        if row["candidate"] not in calls:
+            continue
+        alone = run.replayed(
+            calls[row["candidate"]], lambda seed: testing.inputs(op, case, run.device, dtype, seed), moved
+        )
+        row |= {
+            "graph_ms": alone, "graph_copy_pct": 100 * moved / alone / 1e6 / run.copy_gb_s,
+            "equal_copy_graph_ms": copy_graph, "equal_copy_graph_pct": 100 * copy_graph / alone,
+        }  # fmt: skip
+        print(
+            f"{op:15s} {case.name:15s} {row['candidate']:12s} of a copy of as many bytes: {row['equal_copy_pct']:.1f} % in turn, "
+            f"{row['equal_copy_graph_pct']:.1f} % in a graph ({alone:.4f} ms, {row['graph_copy_pct']:.1f} % of the copy rate)",
+            flush=True,
+        )
 
 
 def compiled(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
@@ -191,27 +256,46 @@ def compiled(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
 
 def sweep(run: Run, op: str, group: str, dtype: torch.dtype) -> None:
     """Other launch choices at the first production case."""
-    from cosmos_fast.kernels.launch import Config
-
     case = next(c for c in testing.CASES[op] if c.group == group)
     with run.guarded(f"{op} sweep"):
         args = testing.inputs(op, case, run.device, dtype)
         call = kernel(op)
         moved = testing.nbytes(op, args, testing.as_tuple(call(*args)))
-        blocks = BLOCKS if op in FREE_BLOCK else (fixed_block(op, args),)
-        for config in (Config(block, warps) for block in blocks for warps in WARPS):
-            if op in FREE_BLOCK and not 4 <= config.block / config.warps / 32 <= 64:
-                continue
-            with run.guarded(f"{op} {config}"):
-                timed = run.times({"": lambda *a, c=config: call(*a, config=c)}, args, moved)
-                label = f"{config.block}/{config.warps}"
+        for label, choice in choices(op, args):
+            with run.guarded(f"{op} {label}"):
+                timed = run.times({"": lambda *a, c=choice: call(*a, **c)}, args, moved)
                 run.sweep.append(run.row(op, case.name, label, timed[""], moved, args))
+                if moved < run.cold:
+                    row = run.sweep[-1]
+                    row["graph_ms"] = run.replayed(
+                        lambda *a, c=choice: call(*a, **c),
+                        lambda seed: testing.inputs(op, case, run.device, dtype, seed), moved,
+                    )  # fmt: skip
+                    print(
+                        f"{op:15s} {case.name:15s} {label:12s} {row['graph_ms']:9.4f} ms in a graph",
+                        flush=True,
+                    )
+
+
+def choices(op: str, args: tuple[Any, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other launch choices of a kernel, by label: the keyword that its function takes."""
+    from cosmos_fast.kernels.launch import Config
+    from cosmos_fast.kernels.patches import Strip
+
+    if op in ("patchify", "unpatchify"):
+        for rows, tokens, warps in product((1, 2, 4), (16, 32), (2, 4, 8)):
+            if 8 <= 64 * rows * tokens / warps / 32 <= 64:
+                yield f"{rows}x{tokens}/{warps}", {"strip": Strip(rows, tokens, warps)}
+        return
+    for block, warps in product(BLOCKS if op in FREE_BLOCK else (fixed_block(op, args),), WARPS):
+        if op not in FREE_BLOCK or 4 <= block / warps / 32 <= 64:
+            yield f"{block}/{warps}", {"config": Config(block, warps)}
 
 
 def fixed_block(op: str, args: tuple[Any, ...]) -> int:
     if "adaln" in op or op == "residual":
         return 1 << (args[0].shape[1] - 1).bit_length()
-    return {"patchify": 32, "unpatchify": 128}.get(op, 1)
+    return 1
 
 
 def environment(run: Run) -> dict[str, Any]:
