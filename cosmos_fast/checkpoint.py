@@ -28,6 +28,7 @@ from cosmos_fast.checkpoint_file import (
 )
 from cosmos_fast.config import NetworkConfig, branch_prefixes, published_shapes
 from cosmos_fast.formats import CONTROLS, CheckpointError
+from cosmos_fast.fp8_weights import check_matrices, in_8_bits, with_scales
 from cosmos_fast.network_keys import (
     Entry,
     check_names,
@@ -99,7 +100,7 @@ def load_state(
 ) -> Loaded:
     """Load a network: one checkpoint, or four single ones by control name for the multi-control network.
 
-    `dtype` None keeps the file's. `model` ("single" or "distilled") settles what shapes cannot: the time
+    `dtype` None keeps the file's, and 8-bit matrices are kept in any case, with their scales. `model` ("single" or "distilled") settles what shapes cannot: the time
     scale of a network without image context. From four files the base is taken from the last, seg, and
     image-context weights are dropped, as the published assembly does; whether the four bases agree is checked
     on both ends of every tensor, or on all of it with `is_base_compared_fully`, and disagreement is noted.
@@ -126,6 +127,8 @@ def load_state(
         published_shapes(config),
         f"It looks like {hint}." if hint else _other_kind(tensors, config),
     )
+    if check_matrices(where, tensors, config):
+        notes.append("checkpoint: matrices are stored in 8 bits.")
     ready = {name: checked(where, name, t, is_finite_checked) for name, t in tensors.items()}
     return Loaded(config, to_ours(ready, config, dtype, device), tuple(notes))
 
@@ -277,6 +280,7 @@ def inspect(path: str | Path, *, is_finite_checked: bool = False) -> Report:
             report = replace(report, kind=_kind(checkpoint, config), config=config)
             check_names(str(checkpoint.path), checkpoint.shapes, published_shapes(config))
             check_copies(checkpoint)
+            check_matrices(str(checkpoint.path), tensors, config)
         for name, tensor in tensors.items():
             ready = checked(str(checkpoint.path), name, tensor, is_finite_checked)
             if is_finite_checked:
@@ -295,11 +299,13 @@ def _kind(checkpoint: Checkpoint, config: NetworkConfig) -> str:
 
 
 def convert(
-    src: str | Path, dst: str | Path, dtype: torch.dtype | None = torch.bfloat16, *, model: str | None = None
-) -> Report:
+    src: str | Path, dst: str | Path, dtype: torch.dtype | None = torch.bfloat16, *, model: str | None = None,
+    is_8_bit: bool = False,
+) -> Report:  # fmt: skip
     """Rewrite a checkpoint of the denoiser or the VAE as one safetensors file under published names.
 
-    `dtype` None keeps each tensor's. Raises CheckpointError on any fault; then nothing is written.
+    `dtype` None keeps each tensor's; matrices in 8 bits stay so in any case. `is_8_bit` quantises those of the rule
+    of `fp8_weights`. Raises CheckpointError on any fault; then nothing is written.
     """
     src, dst = Path(src), Path(dst)
     if dst.suffix != ".safetensors" or dst.is_dir() or (dst.exists() and src.exists() and dst.samefile(src)):
@@ -309,11 +315,16 @@ def convert(
         raise CheckpointError("; ".join(report.problems))
     metadata = {"format": "pt"}
     if report.kind == "vae":
+        if is_8_bit:
+            raise CheckpointError(f"{src}: only a denoiser can be stored in 8 bits, got the video VAE.")
         prefix, tensors = "", _open_vae(report.path)[1]
     else:
         checkpoint = open_checkpoint(src)
+        config = _settled(checkpoint, model)
         prefix, tensors = "net.", checkpoint.tensors
-        metadata[CONFIG_KEY] = _settled(checkpoint, model).to_json()
+        metadata[CONFIG_KEY] = config.to_json()
+        if is_8_bit:
+            tensors = in_8_bits(tensors, config)
     ready = {prefix + name: checked(str(src), name, tensor, True) for name, tensor in tensors.items()}
-    write_safetensors(dst, ready, metadata, dtype)
+    write_safetensors(dst, with_scales(ready), metadata, dtype)
     return inspect(dst)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from cosmos_fast.config import NetworkConfig, published_shapes
 from cosmos_fast.formats import CheckpointError
 from cosmos_fast.network_keys import diffusers_names, infer_config
-from cosmos_fast.safetensors_file import LazyTensor, TensorFile
+from cosmos_fast.safetensors_file import SCALE, LazyTensor, TensorFile
 from cosmos_fast.weight_file import open_tensors
 
 CONFIG_KEY = "cosmos_fast_config"
@@ -101,7 +101,28 @@ def clean(file: TensorFile) -> Checkpoint:
             raise CheckpointError(f"{file.path}: '{name}' occurs with and without the prefix '{prefix}'.")
         else:
             tensors[name] = tensor
-    return Checkpoint(file.path, file.format, tensors, tuple(ignored), file.metadata)
+    return Checkpoint(file.path, file.format, _paired(file.path, tensors), tuple(ignored), file.metadata)
+
+
+def _paired(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Every matrix of 8-bit codes with its scales, which are then no tensors of their own."""
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight" + SCALE)}
+    out = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight" + SCALE):
+            continue
+        scale = scales.pop(name + SCALE, None)
+        if scale is not None:
+            fits = (tensor.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+            if not fits or len(tensor.shape) != 2 or scale.shape != tensor.shape[:1]:
+                raise CheckpointError(
+                    f"{path}: '{name}' must be (rows, columns) e4m3 codes with (rows,) fp32 scales, got "
+                    f"{tensor.dtype} {tensor.shape} with {scale.dtype} {scale.shape}. Convert the unquantised file again."
+                )
+        out[name] = tensor if scale is None else replace(tensor, scale=scale)
+    if scales:
+        raise CheckpointError(f"{path}: scales without codes: {', '.join(list(scales)[:10])}.")
+    return out
 
 
 def _open_diffusers(path: Path) -> Checkpoint:
@@ -139,6 +160,13 @@ def _open_diffusers(path: Path) -> Checkpoint:
     return Checkpoint(path, "diffusers", tensors, (), files["transformer"].metadata, tuple(copies))
 
 
+def _without_nan(where: str, name: str, codes: Tensor) -> Tensor:
+    # e4m3 has no infinities, and one NaN of either sign.
+    if bad := int((codes.view(torch.uint8) & 0x7F == 0x7F).sum()):
+        raise CheckpointError(f"{where}: '{name}' must be finite, got {bad} NaN or infinite values.")
+    return codes
+
+
 def is_same(a: LazyTensor, b: LazyTensor, is_compared_fully: bool = True) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
@@ -161,6 +189,9 @@ def check_copies(checkpoint: Checkpoint) -> None:
 
 
 def checked(where: str, name: str, tensor: LazyTensor, is_finite_checked: bool) -> LazyTensor:
+    if tensor.scale is not None:
+        scale = checked(where, name + SCALE, tensor.scale, is_finite_checked)
+        return replace(tensor, scale=scale, load=lambda: _without_nan(where, name, tensor.load()))
     if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise CheckpointError(

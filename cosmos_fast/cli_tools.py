@@ -74,7 +74,10 @@ def inspect(path: Path, finite: bool) -> None:
 @click.option(
     "--model", type=click.Choice(["single", "distilled"]), help="What the tensors alone do not tell."
 )
-def convert(source: str, target: Path, dtype: str, model: str | None) -> None:
+@click.option(
+    "--fp8", is_flag=True, help="Matrices of the blocks in 8 bits, for --recipe fp8: half the bytes."
+)
+def convert(source: str, target: Path, dtype: str, model: str | None, fp8: bool) -> None:
     """Write SOURCE (any readable form, or a published id) as one safetensors file TARGET."""
     import torch
 
@@ -85,5 +88,5 @@ def convert(source: str, target: Path, dtype: str, model: str | None) -> None:
     if not isinstance(path, Path):
         raise SpecError(f"convert: must name one network, got {', '.join(path)} in {source}.")
     wanted = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}[dtype]
-    report = rewrite(path, target, wanted, model=model)
+    report = rewrite(path, target, wanted, model=model, is_8_bit=fp8)
     click.echo(f"{target}: {report.kind}, {report.tensors} tensors")

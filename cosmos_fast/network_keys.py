@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cosmos_fast.config import SUBLAYERS, NetworkConfig, branch_prefixes, published_shapes
 from cosmos_fast.formats import PATCH, CheckpointError
-from cosmos_fast.safetensors_file import LazyTensor
+from cosmos_fast.safetensors_file import SCALE, LazyTensor
 
 Shape = tuple[int, ...]
 Source = Mapping[str, Tensor] | Mapping[str, LazyTensor]
@@ -118,8 +118,9 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Pack published tensors (names after `net.`, lazy or not) into new tensors of ours.
 
-    `dtype` None keeps the dtype of the source, `device` None its device (lazy tensors: the CPU). Raises
-    CheckpointError unless names and shapes fit `config`.
+    `dtype` None keeps the dtype of the source, `device` None its device (lazy tensors: the CPU). A matrix of 8-bit
+    codes stays one whatever `dtype` says, and its scales come beside it as `<name>_scale`. Raises CheckpointError
+    unless names and shapes fit `config`.
     """
     check_names(
         "checkpoint", {name: tuple(t.shape) for name, t in published.items()}, published_shapes(config)
@@ -128,12 +129,19 @@ def to_ours(
     state: dict[str, Tensor] = {}
     for entry in layout(config):
         source = published[entry.published]
+        scale = source.scale if isinstance(source, LazyTensor) else None
         if entry.ours not in state:
             place = device or (source.device if isinstance(source, Tensor) else "cpu")
-            state[entry.ours] = torch.empty(shapes[entry.ours], dtype=dtype or source.dtype, device=place)
+            kind = source.dtype if scale is not None else dtype or source.dtype
+            state[entry.ours] = torch.empty(shapes[entry.ours], dtype=kind, device=place)
+            if scale is not None:
+                rows = shapes[entry.ours][:1]
+                state[entry.ours + SCALE] = torch.empty(rows, dtype=scale.dtype, device=place)
         value = source.load() if isinstance(source, LazyTensor) else source
         pieces = state[entry.ours].view(entry.parts, *source.shape)
         pieces[entry.part or 0].copy_(value)
+        if scale is not None:
+            state[entry.ours + SCALE].view(entry.parts, -1)[entry.part or 0].copy_(scale.load())
     return state
 
 

@@ -23,13 +23,21 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
+SCALE = "_scale"
+"""What the name of an 8-bit matrix gets for the scales of its rows: value = code * scale."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor still on disk. `load` returns a view of the memory map: copy before writing or keeping."""
+    """A tensor still on disk. `load` returns a view of the memory map: copy before writing or keeping.
+
+    scale: of a matrix of e4m3 codes, the fp32 scales (rows,) beside it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor] = field(repr=False)
+    scale: LazyTensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def write_safetensors(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a safetensors file tensor by tensor; floating tensors are cast to `dtype` when one is given.
+    """Write a safetensors file tensor by tensor; those of 16 bits and more are cast to `dtype` when one is given.
 
     One tensor is in memory at a time. The file appears under its name only when complete.
     """
@@ -142,7 +150,8 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, tensor in tensors.items():
-        kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+        is_cast = dtype is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+        kind = dtype if is_cast and not name.endswith(SCALE) else tensor.dtype
         end = at + math.prod(tensor.shape) * kind.itemsize
         header[name] = {"dtype": names[kind], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end

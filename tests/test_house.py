@@ -22,7 +22,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     0: (
         "recipe spec video controls chunking checkpoint registry outputs",
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
-        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file lowbit embedded resample vision_tower",
+        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file fp8_weights lowbit embedded resample vision_tower",
     ),
     1: ("attention convolution kernels", "reference _native"),
     2: ("ops", "dispatch operands"),
