@@ -21,6 +21,7 @@ from . import ops
 from .config import NetworkConfig
 from .context import FREQUENCIES, Context, Controls, Modulation, Prompt, Stem, Tables, rope
 from .formats import PATCH, Rows
+from .linears import LinearGelu, linear
 from .ops import Pending
 from .parallel import ALONE, Group, Shard
 from .self_attention import SelfAttention, exact
@@ -39,7 +40,7 @@ class TextKeys:
     bias: Tensor | None = None
 
     def attend(self, cross: CrossAttention, h: Tensor) -> Tensor:
-        return F.linear(self.text(cross, h), cross.out.weight, self.bias)
+        return cross.out(self.text(cross, h), self.bias)
 
     def text(self, cross: CrossAttention, h: Tensor) -> Tensor:
         q = ops.head_norm(cross.q(h), cross.q_gain)
@@ -57,10 +58,6 @@ class TextImageKeys(TextKeys):
         q = ops.head_norm(cross.image_q(h), cross.image_q_gain)
         image = ops.attention(q, self.image_k, self.image_v).flatten(1)
         return cross.out(self.text(cross, h) + image)
-
-
-def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=bias)
 
 
 def gain(width: int) -> nn.Parameter:
@@ -88,8 +85,8 @@ class CrossAttention(nn.Module):
         if image is None:
             return TextKeys(k, v)
         if image.shape[0] == 1:
-            constant = self.image_kv(image)[0].chunk(2)[1]
-            return TextKeys(k, v, bias=self.out(constant))
+            constant = self.image_kv(image).chunk(2, dim=1)[1]
+            return TextKeys(k, v, bias=self.out(constant)[0])
         image_k, image_v = _keys(self.image_kv(image), self.image_k_gain)
         return TextImageKeys(k, v, None, image_k, image_v)
 
@@ -125,7 +122,7 @@ class Block(nn.Module):
         self.qkv, self.attn_out = linear(c.width, 3 * c.width), linear(c.width, c.width)
         self.q_gain, self.k_gain = gain(c.head_width), gain(c.head_width)
         self.cross = CrossAttention(c)
-        self.fc1, self.fc2 = linear(c.width, c.mlp_width), linear(c.mlp_width, c.width)
+        self.fc1, self.fc2 = LinearGelu(c.width, c.mlp_width, bias=False), linear(c.mlp_width, c.width)
         self.mod = AdaLN(c)
 
     def forward(
@@ -138,7 +135,7 @@ class Block(nn.Module):
         self, x: Tensor, pending: Pending | None, mod: Modulation, step: int, ctx: Context
     ) -> tuple[Tensor, Pending]:
         shift, scale, gate = mod.at(step, 0)
-        x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
+        x, h = self.qkv.normed(x, pending, shift, scale, ctx.rows)
         attended = self.attend(self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin, step)
         return x, Pending(self.attn_out(attended), gate)
 
@@ -150,11 +147,11 @@ class Block(nn.Module):
         self, x: Tensor, pending: Pending | None, keys: TextKeys, mod: Modulation, step: int, ctx: Context
     ) -> tuple[Tensor, Pending]:
         shift, scale, gate = mod.at(step, 1)
-        x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
+        x, h = self.cross.q.normed(x, pending, shift, scale, ctx.rows)
         pending = Pending(self.cross(h, keys), gate)
         shift, scale, gate = mod.at(step, 2)
-        x, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows)
-        h = ops.linear_gelu(h, self.fc1.weight)  # one name: the hidden layer is the largest tensor of a call
+        x, h = self.fc1.normed(x, pending, shift, scale, ctx.rows)
+        h = self.fc1(h)  # one name: the hidden layer is the largest tensor of a call
         return x, Pending(self.fc2(h), gate)
 
 

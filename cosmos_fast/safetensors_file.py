@@ -150,8 +150,8 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, tensor in tensors.items():
-        is_cast = dtype is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
-        kind = dtype if is_cast and not name.endswith(SCALE) else tensor.dtype
+        is_kept = not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1 or name.endswith(SCALE)
+        kind = tensor.dtype if dtype is None or is_kept else dtype
         end = at + math.prod(tensor.shape) * kind.itemsize
         header[name] = {"dtype": names[kind], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
