@@ -11,7 +11,8 @@ from math import prod
 from .config import NetworkConfig, published_shapes
 from .formats import PATCH, SPATIAL, TEMPORAL
 from .recipe import Plan, Recipe
-from .vae_keys import vae_flops, vae_layout
+from .vae_keys import vae_flops, vae_layout, vae_memory
+from .vae_rows import strip_memory
 
 VAE_PARAMETERS = sum(prod(shape) for shape in vae_layout().values())
 _VAE_PIXELS = 704 * 1280  # the size at which the constants below were counted
@@ -25,7 +26,7 @@ MEMORY_FORMULA = (
     "estimate, not a measurement: weights (network + VAE) + the largest of "
     "denoise = (3 + 2 * mlp_ratio + control blocks) * L * D + 2 prompts, "
     "encode = 3.80 + 0.645 * window GiB, decode = 4.45 + 4.15 * window GiB "
-    "(VAE in bf16 at 704x1280, in proportion to pixels; twice as much in fp32)"
+    "(VAE in bf16 at 704x1280, in proportion to pixels and to what strips of rows leave of it; twice as much in fp32)"
 )
 
 
@@ -79,9 +80,11 @@ def memory_bytes(
     scale = width * height / _VAE_PIXELS * size / 2 * 2**30
     encode_window = min(plan.vae_encode_window, frames - 1)
     decode_window = min(plan.vae_decode_window, 1 + (frames - 1) // TEMPORAL)
+    size_of_picture = height, width, max(encode_window, TEMPORAL), decode_window
+    whole, cut = vae_memory(*size_of_picture), strip_memory(*size_of_picture, plan.vae_strips)
     return {
         "weights": weights,
-        "encode": weights + int(scale * (_VAE_ENCODE_GIB[0] + _VAE_ENCODE_GIB[1] * encode_window)),
+        "encode": weights + int(cut[0] / whole[0] * scale * (_VAE_ENCODE_GIB[0] + _VAE_ENCODE_GIB[1] * encode_window)),
         "denoise": weights + denoise,
-        "decode": weights + int(scale * (_VAE_DECODE_GIB[0] + _VAE_DECODE_GIB[1] * decode_window)),
+        "decode": weights + int(cut[1] / whole[1] * scale * (_VAE_DECODE_GIB[0] + _VAE_DECODE_GIB[1] * decode_window)),
     }

@@ -79,6 +79,9 @@ class Plan:
     vae_encode_window: video frames encoded at once after the first, a multiple of 4. The published system
     takes 16; 4 costs little time and less than half the memory (docs/log.md).
     vae_decode_window: latent frames decoded at once. Both windows change memory, never the result.
+    vae_encode_batch: controls encoded side by side, each with the memory of one; the latents are those of one alone.
+    vae_strips: strips of rows that the VAE cuts a picture into, one after the other, for cards with little memory: 4 take
+    about a third of it at 720p for a fifth more arithmetic. Strips overlap by what the convolutions reach: no seam.
     graphs: record a denoising step into a CUDA graph once per chunk and replay it; equal bit for bit. Meant for sizes so
     small that launching kernels takes longer than running them; it holds the activations of a step for the whole chunk.
     """
@@ -88,6 +91,8 @@ class Plan:
     cfg: int = 1
     vae_encode_window: int = 4
     vae_decode_window: int = 1
+    vae_encode_batch: int = 1
+    vae_strips: int = 1
     graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -106,7 +111,15 @@ class Plan:
                     "a positive multiple of 4 frames" if unit == 4 else "a positive number of latent frames"
                 )
                 raise ValueError(f"plan: {key} must be {what}, got {value!r}.")
-
+        for key, what in (("vae_encode_batch", "controls"), ("vae_strips", "strips")):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"plan: {key} must be a positive number of {what}, got {value!r}.")
+        if self.vae_strips > 1 < self.vae_encode_batch:
+            raise ValueError(
+                f"plan: vae_encode_batch must be 1 with vae_strips, got {self.vae_encode_batch}. One saves the memory "
+                "that the other takes."
+            )
         if type(self.graphs) is not bool:
             raise ValueError(f"plan: graphs must be True or False, got {self.graphs!r}.")
         if self.graphs and self.device == "cpu":

@@ -22,7 +22,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     0: (
         "recipe spec video controls chunking checkpoint registry outputs",
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
-        "video_probe video_write disk_cache segments network_keys vae_keys checkpoint_file safe_pickle safetensors_file torch_file weight_file fp8_weights lowbit embedded resample vision_tower",
+        "video_probe video_write disk_cache segments network_keys vae_keys vae_rows worker checkpoint_file safe_pickle safetensors_file torch_file weight_file fp8_weights lowbit embedded resample vision_tower",
     ),
     1: ("attention attention8 convolution kernels", "reference _native"),
     2: ("ops", "dispatch operands"),
@@ -31,7 +31,7 @@ LAYERS: dict[int, tuple[str, str]] = {
         "network vae text text_cache depth segmentation tiny_style style guardrails",
         "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
     ),
-    5: ("sampler cache graphs", ""),
+    5: ("sampler cache graphs", "vae_strips readback"),
     6: ("engine", "planning clip_plan clip_parts inputs costs models makers"),
     7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools"),
 }
