@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops import EPS
+from .reference import empty_codes
 from .schedule import base_schedule, unipc_coefficients
 
 Args = tuple[Any, ...]
@@ -85,6 +86,32 @@ def _qk_norm_rope(r: Random, L: int, N: int, K: int) -> Args:
     return r.normal(L, 3 * N * K), r.normal(K), r.normal(K), angles.cos(), angles.sin(), EPS
 
 
+def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k_mean, v_mean, v_step."""
+    means = [r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2)]
+    return *means, r.normal(N, K, dtype=torch.float32).abs() * 0.01 + 0.005
+
+
+def _qkv_codes(r: Random, L: int, N: int, K: int, rotate: int = 0, columns: int = 0) -> Args:
+    qkv, q_gain, k_gain, cos, sin, eps = _qk_norm_rope(r, L, N, K)
+    steps = torch.tensor([0.03, 0.06, 2e-4], device=r.device)
+    tables = _channels(r, N, K)
+    return qkv, q_gain, k_gain, cos, sin, *tables, steps, bool(rotate), bool(columns), eps
+
+
+def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, columns: int = 0) -> Args:
+    q, k, v = ((r.normal(n, N, K) * 30).to(torch.float8_e4m3fn) for n in (L, S, S))
+    if columns:
+        rows, v = v, empty_codes(r.normal(0), S, N, K, True)
+        v.copy_(rows)
+    return q, k, v, torch.full((1,), 1.5 * K**-0.5 / 900, device=r.device), r.dtype
+
+
+def _values_restored(r: Random, L: int, N: int, K: int) -> Args:
+    _, v_mean, v_step = _channels(r, N, K)
+    return r.normal(L, N, K) * 30, v_step, v_mean
+
+
 def _patchify(r: Random, C: int, T: int, H: int, W: int, view: int = 0) -> Args:
     z = r.normal(T, C, H, W).transpose(0, 1) if view else r.normal(C, T, H, W)
     return z, (torch.arange(T, device=r.device) < 1).to(r.dtype)
@@ -112,6 +139,7 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
     "linear_gelu": lambda r, L, D, M: (r.normal(L, D), r.normal(M, D) * (2 * D**-0.5)),
     "attention": lambda r, L, S, N, K: (r.normal(L, N, K), r.normal(S, N, K), r.normal(S, N, K)),
+    "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
     "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
     "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
 }  # fmt: skip
@@ -185,6 +213,22 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
         Case("self", "production", "self-attention of one rank", {"L": _SLICE, "S": _SLICE, **_HEADS}),
     ]),
+    "qkv_moments": _token_cases(_HEADS, _TINY, [
+        _ODD_HEADS, _ONE_HEAD, Case("chunks", "odd", "several partial sums, the last of few tokens", {"L": 261, "N": 1, "K": 32}),
+    ]),
+    "qkv_codes": _token_cases(_HEADS, _TINY, [
+        _ODD_HEADS, _ONE_HEAD,
+        Case("720p rotated", "production", "as the network does", {"L": _720P, **_HEADS, "rotate": 1}),
+        Case("720p columns", "production", "v transposed", {"L": _720P, **_HEADS, "rotate": 1, "columns": 1}),
+        Case("rotated", "small", "the published heads, tokens that do not fill a program", {"L": 6, **_HEADS, "rotate": 1}),
+        Case("rotated pair", "odd", "few heads: a product needs 16 rows", {"L": 3, "N": 3, "K": 32, "rotate": 1}),
+        Case("columns", "odd", "v transposed, its last tile partly full", {"L": 131, **_TINY, "columns": 1}),
+    ]),
+    "attention_fp8": _token_cases({"S": _SLICE, **_HEADS}, {"S": 40, **_TINY}, [
+        Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
+        Case("odd", "odd", "no tile is full, v transposed", {"L": 133, "S": 197, "N": 3, "K": 128, "columns": 1}),
+    ]),
+    "values_restored": _token_cases(_HEADS, _TINY, [_ODD_HEADS]),
     "patchify": (
         Case("720p", "production", "93 frames of 1280x704", {"C": 16, **_LATENT}),
         Case("small", "small", "two frames", {"C": 4, "T": 2, "H": 6, "W": 8}),

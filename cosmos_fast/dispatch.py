@@ -175,8 +175,10 @@ def explain(device: str | torch.device, dtype: torch.dtype) -> list[tuple[str, s
     """For each op: its name, the implementation chosen for tensors like these, why each other lost."""
     rows = []
     for op in TABLE.values():
-        takes_codes = any(candidate.dtypes == (torch.uint8,) for candidate in op.candidates)
-        kind = torch.uint8 if takes_codes else dtype
+        # An op whose every implementation takes one dtype, the same one, is asked about that.
+        kinds = {candidate.dtypes for candidate in op.candidates if candidate.dtypes}
+        only = next(iter(kinds)) if len(kinds) == 1 else ()
+        kind = only[0] if len(only) == 1 else dtype
         op.resolve(torch.device(device), kind)
         key = (torch.device(device).type, kind)
         rows.append((op.name, op.chosen[key][0], op.reasons[key]))

@@ -62,12 +62,20 @@ def check_head_norm(x: Tensor, gain: Tensor, eps: float) -> None:
            f"x must be (L, N*K) with K = {gain.numel()}", tuple(x.shape))  # fmt: skip
 
 
-def check_qk(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+def check_qk(
+    qkv: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    op: str = "qk_norm_rope",
+) -> None:
     K = q_gain.shape[0]
-    _check(qkv.dim() == 2 and qkv.is_contiguous() and qkv.shape[1] % (3 * K) == 0 and K % 2 == 0, "qk_norm_rope",
+    _check(qkv.dim() == 2 and qkv.is_contiguous() and qkv.shape[1] % (3 * K) == 0 and K % 2 == 0, op,
            f"qkv must be contiguous (L, 3*N*K) with even K = {K}", tuple(qkv.shape))  # fmt: skip
     for table in (cos, sin):
-        _check(table.shape == (qkv.shape[0], K // 2) and table.dtype == torch.float32, "qk_norm_rope",
+        _check(table.shape == (qkv.shape[0], K // 2) and table.dtype == torch.float32, op,
                f"cos and sin must be ({qkv.shape[0]}, {K // 2}) float32", (tuple(table.shape), table.dtype))  # fmt: skip
 
 
@@ -95,6 +103,48 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
         [tuple(t.shape) for t in (q, k, v)],
     )
     _check(k.shape[0] > 0, "attention", "there must be at least one key", k.shape[0])
+
+
+def check_qkv_moments(qkv, q_gain, k_gain, cos, sin, eps) -> None:  # type: ignore[no-untyped-def]
+    check_qk(qkv, q_gain, k_gain, cos, sin, eps, "qkv_moments")
+
+
+def check_qkv_codes(  # type: ignore[no-untyped-def]
+    qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, v_columns, eps
+) -> None:
+    op, K = "qkv_codes", q_gain.shape[0]
+    check_qk(qkv, q_gain, k_gain, cos, sin, eps, op)
+    _check_channels(op, qkv.shape[1] // (3 * K), K, k_mean, v_mean, v_step)
+    fits = steps.shape == (3,) and steps.dtype == torch.float32
+    _check(fits, op, "steps must be (3,) float32", (tuple(steps.shape), steps.dtype))
+    _check(not rotate or (K >= 32 and K & (K - 1) == 0), op, "a rotation needs K to be a power of two, 32 at least", K)  # fmt: skip
+
+
+def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
+    for x in tables:
+        fits = x.shape == (N, K) and x.dtype == torch.float32 and x.is_contiguous()
+        _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
+
+
+def check_attention_fp8(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> None:
+    op = "attention_fp8"
+    fits = q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]
+    kinds = {x.dtype for x in (q, k, v)} == {torch.float8_e4m3fn}
+    got = [(tuple(x.shape), x.dtype) for x in (q, k, v)]
+    _check(fits and kinds, op, "q must be (L, N, K), k and v (S, N, K), float8_e4m3fn", got)
+    _check(k.shape[0] > 0, op, "there must be at least one key", k.shape[0])
+    _check(q.is_contiguous() and k.is_contiguous(), op, "q and k must be contiguous", (q.stride(), k.stride()))  # fmt: skip
+    rows, columns = v.is_contiguous(), v.stride(0) == 1 and v.stride(2) >= v.shape[0]
+    _check(rows or columns, op, "v must be contiguous, or the tokens of a channel lie in a row", v.stride())
+    fits = score_step.shape == (1,) and score_step.dtype == torch.float32
+    _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
+    _check(out.is_floating_point, op, "the output dtype must be a floating-point one", out)
+
+
+def check_values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> None:
+    fits = x.dim() == 3 and x.is_contiguous() and x.is_floating_point()
+    _check(fits, "values_restored", "x must be contiguous (L, N, K)", (tuple(x.shape), x.stride()))
+    _check_channels("values_restored", x.shape[1], x.shape[2], v_step, v_mean)
 
 
 def check_patchify(z: Tensor, mask: Tensor) -> None:

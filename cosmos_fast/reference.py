@@ -18,6 +18,11 @@ from .schedule import StepCoefficients
 ATTENTION_ROWS = 1024
 """Query rows per step of the reference attention, so that scores stay small on any machine."""
 
+E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
+
+COLUMNS = 16
+"""Tokens of a channel of transposed codes are padded to a multiple of so many."""
+
 
 def _per_token(rows_TD: Tensor, num_tokens: int, tokens_per_frame: int, token_offset: int) -> Tensor:
     frame = (torch.arange(num_tokens, device=rows_TD.device) + token_offset) // tokens_per_frame
@@ -119,6 +124,79 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for rows in q.split(ATTENTION_ROWS)
     ]
     return torch.cat([part.transpose(0, 1).to(q.dtype) for part in parts])
+
+
+def qkv_moments(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over all tokens: mean of rotated k, mean of v, step of each channel of v (N, K); steps of q, k and a score (3,)."""
+    _, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
+    v, count, K = qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float(), max(len(qkv), 1), k.shape[-1]
+    k_mean, v_mean = k.float().sum(0) / count, v.sum(0) / count
+    peak = torch.cat(((v - v_mean).abs(), v_mean[None] * 0)).amax(0)
+    # Normed to sqrt(K), scaled by the gain, rotated: no entry is larger than q_most; k less its mean, than twice k_most.
+    q_most, k_most = (K**0.5 * gain.float().abs().amax() for gain in (q_gain, k_gain))
+    q_step, k_step = (torch.where(most == 0, 1.0, most / E4M3_MAX) for most in (q_most, 2 * k_most))
+    v_step = torch.where(peak == 0, 1.0, peak / E4M3_MAX)
+    return k_mean, v_mean, v_step, torch.stack((q_step, k_step, q_step * k_step / K**0.5))
+
+
+def qkv_codes(
+    qkv: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_mean: Tensor,
+    v_mean: Tensor,
+    v_step: Tensor,
+    steps: Tensor,
+    rotate: bool,
+    v_columns: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of q, of k less its mean, both times a Hadamard matrix if `rotate`, and of v less its mean: (L, N, K) e4m3."""
+    q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
+    k = (k.float() - k_mean).to(qkv.dtype)
+    if rotate:
+        q, k = (x.float() @ hadamard(x.shape[-1]).to(x.float()) for x in (q, k))
+    v = empty_codes(qkv, *q.shape, v_columns)
+    v.copy_(_codes(qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float() - v_mean, v_step))
+    return _codes(q.float(), steps[0]), _codes(k.float(), steps[1]), v
+
+
+def _codes(x: Tensor, step: Tensor) -> Tensor:
+    return (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def empty_codes(like: Tensor, L: int, N: int, K: int, columns: bool = False) -> Tensor:
+    """Uninitialised codes (L, N, K); with `columns` the tokens of a channel lie in a row, padded to COLUMNS."""
+    if not columns:
+        return like.new_empty(L, N, K, dtype=E4M3)
+    return like.new_empty(N, K, -(-L // COLUMNS) * COLUMNS, dtype=E4M3).permute(2, 0, 1)[:L]
+
+
+def hadamard(K: int) -> Tensor:
+    """The orthonormal Sylvester matrix (K, K) fp64, K a power of two: H[i, j] = (-1)^(ones of i & j) / sqrt(K)."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while H.shape[0] < K:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return H / K**0.5
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+    """softmax(q k^T * score_step) v of codes, the weights not rounded: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
+    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+    parts = [
+        torch.softmax(rows.float().transpose(0, 1) @ keys * score_step, dim=-1) @ values
+        for rows in q.split(ATTENTION_ROWS)
+    ]
+    return torch.cat([part.transpose(0, 1).to(out) for part in parts])
+
+
+def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> Tensor:
+    """x * v_step + v_mean, heads joined: (L, N, K) -> (L, N*K)."""
+    return (x.float() * v_step + v_mean).to(x.dtype).flatten(1)
 
 
 def patchify(z: Tensor, mask: Tensor) -> Tensor:

@@ -53,16 +53,25 @@ def _head_norm_kernel(
 
 
 @triton.jit
-def _norm_rotate(low, high, gain, out, at, spread, keep, cos, sin, eps, K: tl.constexpr, HALF: tl.constexpr):
+def normed_rotated(low, high, gain, spread, keep, cos, sin, eps, like, K: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of rows of K features, normed, rounded to what `like` points at, rotated, rounded again."""
     low, high = low.to(tl.float32), high.to(tl.float32)
     mean = (tl.sum(low * low, axis=1, keep_dims=True) + tl.sum(high * high, axis=1, keep_dims=True)) / K
     rstd = tl.rsqrt(mean + eps)
     low *= rstd * tl.load(gain + spread, keep, 0.0, eviction_policy="evict_last").to(tl.float32)
     high *= rstd * tl.load(gain + HALF + spread, keep, 0.0, eviction_policy="evict_last").to(tl.float32)
-    low = low.to(out.dtype.element_ty).to(tl.float32)
-    high = high.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + at, (low * cos - high * sin).to(out.dtype.element_ty), keep)
-    tl.store(out + at + HALF, (high * cos + low * sin).to(out.dtype.element_ty), keep)
+    low = low.to(like.dtype.element_ty).to(tl.float32)
+    high = high.to(like.dtype.element_ty).to(tl.float32)
+    return (low * cos - high * sin).to(like.dtype.element_ty), (high * cos + low * sin).to(
+        like.dtype.element_ty
+    )
+
+
+@triton.jit
+def _norm_rotate(low, high, gain, out, at, spread, keep, cos, sin, eps, K: tl.constexpr, HALF: tl.constexpr):
+    low, high = normed_rotated(low, high, gain, spread, keep, cos, sin, eps, out, K, HALF)
+    tl.store(out + at, low, keep)
+    tl.store(out + at + HALF, high, keep)
 
 
 @triton.jit

@@ -68,7 +68,9 @@ def test_every_candidate_has_a_reason_or_loads(op: str) -> None:
 @pytest.mark.parametrize(("op", "case"), SMALL)
 def test_opcheck(op: str, case: Case) -> None:
     args = testing.inputs(op, case, "cpu", torch.float32)
-    tests = ("test_schema", "test_faketensor")  # inference only: there is no autograd to check
+    tests = ["test_schema", "test_faketensor"]  # inference only: there is no autograd to check
+    if any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in args):
+        tests.remove("test_schema")  # it compares inputs by a product, which torch does not have for codes on a CPU
     torch.library.opcheck(overload(op), args, test_utils=tests)
 
 
@@ -165,7 +167,8 @@ def test_faults_sees_a_wrong_value_shape_and_nan(op: str) -> None:
     assert testing.faults(op, outputs, args) == []
     for i, output in enumerate(outputs):
         wrong = output.clone()
-        wrong.view(-1)[-1] = wrong.view(-1)[-1] + 16
+        last = wrong.view(-1)[-1].float()
+        wrong.view(-1)[-1] = last + 16 if wrong.dtype.itemsize > 1 else 240 - last  # codes end at 448
         swapped = lambda tensor, i=i: (*outputs[:i], tensor, *outputs[i + 1 :])  # noqa: E731
         assert testing.faults(op, swapped(wrong), args)
         assert testing.faults(op, swapped(output[..., :-1]), args)

@@ -1,0 +1,188 @@
+"""Adapters from libraries to attention over 8-bit codes: (q, k, v, score_step, dtype) -> (L, N, K) in that dtype.
+
+softmax(q k^T * score_step) v of e4m3 codes, the weights rounded to e4m3 before the second product, no mask. Each loader
+imports its library and then has it compute a small example: some releases return noise on some GPUs, and that must
+be a reason not to choose them. `ops` decides which of them may run where.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import ATTENTION_ROWS, E4M3
+
+Attend8 = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+
+WEIGHT_SCALE = 256.0
+"""Weights are at most 1; as codes they are multiplied by this, so that small ones keep their digits."""
+
+ALLOWED = 0.06
+"""Relative error of the example. Rounding the weights costs 0.03; noise costs 1."""
+
+
+def emulated(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+    """What the libraries compute, in plain torch: for machines without them, and to compare them with."""
+    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+    parts = []
+    for rows in q.split(ATTENTION_ROWS):
+        scores = rows.float().transpose(0, 1) @ keys * score_step
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        codes = (weights * WEIGHT_SCALE).to(E4M3).float()
+        parts.append(codes @ values / (WEIGHT_SCALE * weights.sum(-1, keepdim=True)))
+    return torch.cat([part.transpose(0, 1).to(out) for part in parts])
+
+
+def load_fa3() -> Attend8:
+    """FlashAttention-3 forward in fp8, from either of its two distributions. Writes bf16."""
+    try:
+        from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+    except ImportError:
+        from fa3_fwd_interface import flash_attn_func  # type: ignore[import-not-found]
+    if "q_descale" not in inspect.signature(flash_attn_func).parameters:
+        raise RuntimeError("this FlashAttention-3 takes no q_descale; it is too old for fp8")
+
+    def fa3(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+        if q.shape[0] == 0:
+            return q.new_empty(q.shape, dtype=out)
+        scale = score_step.expand(1, q.shape[1])
+        result = flash_attn_func(q[None], k[None], v.contiguous()[None], softmax_scale=1.0, q_descale=scale)
+        return (result[0] if isinstance(result, tuple) else result)[0].to(out)
+
+    return proven("fa3", fa3)
+
+
+# --- cuDNN -----------------------------------------------------------------------------------------
+
+_IDS = {name: i for i, name in enumerate(
+    ("q", "k", "v", "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o", "o", "amax_s", "amax_o"), 1
+)}  # fmt: skip
+_SCALARS = tuple(name for name in _IDS if "scale" in name)
+
+
+class CudnnAttention:
+    """cuDNN's fp8 attention through its graph API: one graph per shape, built when first met.
+
+    variants: keywords for inference and outputs besides the result; releases differ in which they demand. The first that
+    builds is kept. Raises RuntimeError with what cuDNN says of each if none does.
+    """
+
+    VARIANTS = tuple(
+        (extra, amax)
+        for extra in ({"generate_stats": False}, {"is_inference": True})
+        for amax in (("amax_s", "amax_o"), ("amax_o",), ())
+    )
+
+    def __init__(self, cudnn: Any) -> None:
+        self._cudnn = cudnn
+        self._handles: dict[torch.device, Any] = {}
+        self._constants: dict[torch.device, dict[str, Tensor]] = {}
+        self._graphs: dict[Any, tuple[Any, tuple[str, ...], int]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+        result = q.new_empty(q.shape, dtype=torch.bfloat16)
+        if q.shape[0] == 0:
+            return result.to(out)
+        key = (tuple(q.shape), tuple(k.shape), v.stride(), q.device)
+        if key not in self._graphs:
+            self._graphs[key] = self._build(q, k, v, result)
+        graph, amax, workspace = self._graphs[key]
+        constants = self._constants[q.device]
+        given = {**constants, "descale_q": score_step, "q": q, "k": k, "v": v, "o": result}
+        given |= {name: q.new_empty(1, dtype=torch.float32) for name in amax}
+        handle = self._handles[q.device]
+        self._cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
+        room = q.new_empty(max(workspace, 1), dtype=torch.uint8)
+        graph.execute({_IDS[name]: tensor for name, tensor in given.items()}, room, handle=handle)
+        return result.to(out)
+
+    def _build(self, q: Tensor, k: Tensor, v: Tensor, result: Tensor) -> tuple[Any, tuple[str, ...], int]:
+        if q.device not in self._handles:
+            self._handles[q.device] = self._cudnn.create_handle()
+            values = {**dict.fromkeys(_SCALARS, 1.0), "scale_s": WEIGHT_SCALE, "descale_s": 1 / WEIGHT_SCALE}
+            self._constants[q.device] = {
+                name: torch.full((1,), value, device=q.device) for name, value in values.items()
+            }
+        said = []
+        for extra, amax in self.VARIANTS:
+            try:
+                graph = self._graph(q, k, v, result, extra, amax)
+                return graph, amax, graph.get_workspace_size()
+            except Exception as error:  # cuDNN's own types, and TypeError of another release's signature
+                said.append(f"{extra} {amax}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        raise RuntimeError(
+            f"cuDNN {self._cudnn.backend_version()} has no such fp8 attention: " + "; ".join(said)
+        )
+
+    def _graph(
+        self, q: Tensor, k: Tensor, v: Tensor, result: Tensor, extra: dict[str, Any], amax: tuple[str, ...]
+    ) -> Any:
+        types = self._cudnn.data_type
+        graph = self._cudnn.pygraph(
+            io_data_type=types.FP8_E4M3, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT,
+            handle=self._handles[q.device],
+        )  # fmt: skip
+
+        def heads_first(x: Tensor) -> dict[str, list[int]]:
+            L, N, K = x.shape
+            return {"dim": [1, N, L, K], "stride": [x.numel(), x.stride(1), x.stride(0), x.stride(2)]}
+
+        one = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1]}
+        operands = {
+            name: graph.tensor(uid=_IDS[name], data_type=types.FP8_E4M3, **heads_first(x))
+            for name, x in (("q", q), ("k", k), ("v", v))
+        }
+        scalars = {name: graph.tensor(uid=_IDS[name], data_type=types.FLOAT, **one) for name in _SCALARS}
+        o, _, amax_s, amax_o = graph.sdpa_fp8(
+            **operands, **scalars, attn_scale=1.0, use_causal_mask=False, **extra
+        )
+        shape = heads_first(result)
+        o.set_uid(_IDS["o"]).set_output(True).set_dim(shape["dim"]).set_stride(shape["stride"])
+        o.set_data_type(types.BFLOAT16)
+        for name, tensor in (("amax_s", amax_s), ("amax_o", amax_o)):
+            if name in amax:
+                tensor.set_uid(_IDS[name]).set_output(True).set_dim(one["dim"]).set_stride(one["stride"])
+                tensor.set_data_type(types.FLOAT)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([self._cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+        return graph
+
+
+def load_cudnn() -> Attend8:
+    """cuDNN's fp8 attention, through the package nvidia-cudnn-frontend."""
+    import cudnn  # type: ignore[import-not-found]
+
+    return proven("cudnn", CudnnAttention(cudnn))
+
+
+# --- is what it returns attention? -----------------------------------------------------------------
+
+
+def example(device: torch.device | str, L: int = 192, S: int = 320, N: int = 2, K: int = 128) -> tuple[Tensor, ...]:  # fmt: skip
+    """q, k, v, score_step: scores from flat to peaked, in one head and the other."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, N, K, generator=draw) * 30 for n in (L, S, S))
+    q[:, -1] *= 6
+    return *(x.to(device).to(E4M3) for x in (q, k, v)), torch.full((1,), K**-0.5 / 900, device=device)
+
+
+def proven(name: str, attend: Attend8, device: torch.device | str = "cuda") -> Attend8:
+    """`attend`, after it computed an example. Raises RuntimeError with the error measured if it is not attention."""
+    operands = example(device)
+    exact = emulated(*operands, torch.float32)
+    got = attend(*operands, torch.bfloat16).float()
+    error = float((got - exact).norm() / exact.norm())
+    if not error <= ALLOWED:  # NaN too
+        gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else device
+        raise RuntimeError(
+            f"{name}: relative error of a small example must be at most {ALLOWED}, got {error:.3g} on {gpu} with "
+            f"torch {torch.__version__}. It returns noise here."
+        )
+    return attend

@@ -1,0 +1,279 @@
+"""8-bit operands of self-attention from the packed projection: `qkv_moments`, `qkv_codes`, `values_restored`.
+
+    qkv_moments      means of rotated k and of v over all tokens, the step of each channel of v, the steps of q and k
+    qkv_codes        q, k: norm, rotary positions, rounded; k less its mean; a Hadamard rotation of both; codes = x / step
+                     v: codes = (v - v_mean) / v_step, rows as they are or each channel's tokens in a row
+    values_restored  y = x * v_step + v_mean, what attention made of codes of v turned into what it makes of v
+
+Shapes: qkv (L, 3*N*K) contiguous; gains (K,); cos, sin (L, K/2) fp32; means and v_step (N, K) fp32; steps (3,) fp32: of
+q, of k, and of a score: the product of both over sqrt(K). Codes are e4m3.
+
+A softmax does not see what all keys share, and its weights sum to 1, so both means leave without an error and lower
+that of the codes. Steps of q and k need no pass over the tokens: a normed and rotated head is no longer than sqrt(K)
+times the largest gain, and e4m3, being a floating-point format, loses nothing by a step that is too large.
+
+Bytes in bf16 at L 84480, N 16, K 128 and floor at 2.98 TB/s, the assumed copy of one H100:
+    qkv_moments      k, v, cos, sin             0.74 GB   0.247 ms
+    qkv_codes        q, k, v, cos, sin, codes   1.60 GB   0.537 ms
+    values_restored  x, y                       0.69 GB   0.232 ms
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from cosmos_fast.kernels.launch import Config, on_device_of
+from cosmos_fast.kernels.norm_rope import normed_rotated
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+COLUMNS = 16
+"""Tokens per channel of transposed codes are padded to a multiple of so many bytes, as the copy engine demands."""
+
+# Tokens of one program and warps; not measured yet.
+MOMENTS = Config(128, 8)
+CODES = Config(1, 4)
+ROTATED = Config(4, 4)
+VALUES = Config(128, 8)
+RESTORED = Config(16, 8)
+
+
+@triton.jit
+def _store_codes(out, x, keep):
+    """What is too large saturates; NaN stays NaN."""
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out, x.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def _moments_kernel(
+    qkv, k_gain, cos, sin, partial, L, cos_stride, sin_stride, part_stride, eps,
+    N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = K // 2
+    chunk = tl.program_id(0).to(tl.int64)
+    heads, cols = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    keep, at, spread = (heads < N) & (cols < HALF), heads * K + cols, heads * 0 + cols
+    none = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float32)
+    k_low, k_high, low_sum, high_sum = none, none, none, none
+    low_min, high_min = none + float("inf"), none + float("inf")
+    low_max, high_max = none - float("inf"), none - float("inf")
+    for row in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L)):
+        k = qkv + row * (3 * N * K) + N * K + at
+        v = k + N * K
+        low = tl.load(k, keep, 0.0, eviction_policy="evict_first")
+        high = tl.load(k + HALF, keep, 0.0, eviction_policy="evict_first")
+        v_low = tl.load(v, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
+        v_high = tl.load(v + HALF, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
+        c = tl.load(cos + row * cos_stride + spread, keep, 0.0)
+        s = tl.load(sin + row * sin_stride + spread, keep, 0.0)
+        low, high = normed_rotated(low, high, k_gain, spread, keep, c, s, eps, qkv, K, HALF)
+        k_low += low.to(tl.float32)
+        k_high += high.to(tl.float32)
+        low_sum += v_low
+        high_sum += v_high
+        low_min, high_min = tl.minimum(low_min, v_low), tl.minimum(high_min, v_high)
+        low_max, high_max = tl.maximum(low_max, v_low), tl.maximum(high_max, v_high)
+    to = partial + chunk * (N * K) + at
+    tl.store(to, k_low, keep)
+    tl.store(to + HALF, k_high, keep)
+    tl.store(to + part_stride, low_sum, keep)
+    tl.store(to + part_stride + HALF, high_sum, keep)
+    tl.store(to + 2 * part_stride, low_min, keep)
+    tl.store(to + 2 * part_stride + HALF, high_min, keep)
+    tl.store(to + 3 * part_stride, low_max, keep)
+    tl.store(to + 3 * part_stride + HALF, high_max, keep)
+
+
+@triton.jit
+def _moments_finish_kernel(
+    partial, q_gain, k_gain, k_mean, v_mean, v_step, steps, L, chunks, part_stride, root,
+    NK: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    cols, rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.arange(0, ROWS)[:, None]
+    none = tl.zeros((ROWS, BLOCK), tl.float32)
+    keys, values, least, most = none, none, none + float("inf"), none - float("inf")
+    for first in range(0, chunks, ROWS):
+        keep = (first + rows < chunks) & (cols < NK)
+        at = partial + (first + rows).to(tl.int64) * NK + cols
+        keys += tl.load(at, keep, 0.0)
+        values += tl.load(at + part_stride, keep, 0.0)
+        least = tl.minimum(least, tl.load(at + 2 * part_stride, keep, float("inf")))
+        most = tl.maximum(most, tl.load(at + 3 * part_stride, keep, -float("inf")))
+    keep, to = cols < NK, cols
+    count = tl.maximum(L, 1).to(tl.float32)
+    mean = tl.sum(values, 0, keep_dims=True) / count
+    peak = tl.maximum(tl.max(most, 0, keep_dims=True) - mean, mean - tl.min(least, 0, keep_dims=True))
+    tl.store(k_mean + to, tl.sum(keys, 0, keep_dims=True) / count, keep)
+    tl.store(v_mean + to, mean, keep)
+    # A channel that never changes has nothing to code; a NaN must not be taken for one.
+    tl.store(v_step + to, tl.where((peak <= 0) | (L == 0), 1.0, peak / 448.0), keep)
+    if tl.program_id(0) == 0:
+        at = tl.arange(0, BLOCK_K)
+        q_most = tl.max(tl.abs(tl.load(q_gain + at, at < K, 0.0).to(tl.float32)), 0)
+        k_most = tl.max(tl.abs(tl.load(k_gain + at, at < K, 0.0).to(tl.float32)), 0)
+        q_unit, k_unit = q_most * root / 448.0, 2 * k_most * root / 448.0
+        q_unit, k_unit = tl.where(q_unit == 0, 1.0, q_unit), tl.where(k_unit == 0, 1.0, k_unit)
+        tl.store(steps, q_unit)
+        tl.store(steps + 1, k_unit)
+        tl.store(steps + 2, q_unit * k_unit / root)
+
+
+@triton.jit
+def _hadamard(low, high, root, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """Both halves of rows of 2 * HALF, times the orthonormal Sylvester matrix: twice one of half the width."""
+    i, j = tl.arange(0, HALF)[:, None], tl.arange(0, HALF)[None, :]
+    bits = i & j
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    signs = (1 - 2 * (bits & 1)).to(low.dtype)
+    a = tl.dot(low, signs, input_precision=PRECISION)
+    b = tl.dot(high, signs, input_precision=PRECISION)
+    return (a + b) / root, (a - b) / root
+
+
+@triton.jit
+def _qk_codes_kernel(
+    qkv, q_gain, k_gain, cos, sin, k_mean, steps, q_out, k_out, L, cos_stride, sin_stride, root, eps,
+    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = K // 2
+    rows, cols = tl.arange(0, TOKENS * BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    token, heads = tl.program_id(0).to(tl.int64) * TOKENS + rows // BLOCK_N, rows % BLOCK_N
+    keep, at, spread = (heads < N) & (cols < HALF) & (token < L), heads * K + cols, rows * 0 + cols
+    q, k = qkv + token * (3 * N * K) + at, qkv + token * (3 * N * K) + N * K + at
+    # All loads first: they are in flight together.
+    q_low = tl.load(q, keep, 0.0, eviction_policy="evict_first")
+    q_high = tl.load(q + HALF, keep, 0.0, eviction_policy="evict_first")
+    k_low = tl.load(k, keep, 0.0, eviction_policy="evict_first")
+    k_high = tl.load(k + HALF, keep, 0.0, eviction_policy="evict_first")
+    c = tl.load(cos + token * cos_stride + cols, keep, 0.0)
+    s = tl.load(sin + token * sin_stride + cols, keep, 0.0)
+    q_low, q_high = normed_rotated(q_low, q_high, q_gain, spread, keep, c, s, eps, qkv, K, HALF)
+    k_low, k_high = normed_rotated(k_low, k_high, k_gain, spread, keep, c, s, eps, qkv, K, HALF)
+    mean = tl.load(k_mean + at, keep, 0.0, eviction_policy="evict_last")
+    k_low = (k_low.to(tl.float32) - mean).to(qkv.dtype.element_ty)
+    mean = tl.load(k_mean + at + HALF, keep, 0.0, eviction_policy="evict_last")
+    k_high = (k_high.to(tl.float32) - mean).to(qkv.dtype.element_ty)
+    if ROTATE:
+        q_low, q_high = _hadamard(q_low, q_high, root, HALF, PRECISION)
+        k_low, k_high = _hadamard(k_low, k_high, root, HALF, PRECISION)
+    q_unit, k_unit = tl.load(steps), tl.load(steps + 1)
+    to = token * (N * K) + at
+    _store_codes(q_out + to, q_low.to(tl.float32) / q_unit, keep)
+    _store_codes(q_out + to + HALF, q_high.to(tl.float32) / q_unit, keep)
+    _store_codes(k_out + to, k_low.to(tl.float32) / k_unit, keep)
+    _store_codes(k_out + to + HALF, k_high.to(tl.float32) / k_unit, keep)
+
+
+@triton.jit
+def _v_codes_kernel(
+    qkv, v_mean, v_step, out, L, token_stride, head_stride, column_stride,
+    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    head, cols = tl.program_id(1), tl.arange(0, BLOCK_K)[None, :]
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    keep, at = (token < L) & (cols < K), head * K + cols
+    x = tl.load(qkv + token * (3 * N * K) + 2 * N * K + at, keep, 0.0, eviction_policy="evict_first")
+    mean, step = tl.load(v_mean + at, cols < K, 0.0), tl.load(v_step + at, cols < K, 1.0)
+    value = (x.to(tl.float32) - mean) / step
+    to = out + token * token_stride + head * head_stride + cols * column_stride
+    if TRANSPOSED:
+        _store_codes(tl.trans(to), tl.trans(value), tl.trans(keep))
+    else:
+        _store_codes(to, value, keep)
+
+
+@triton.jit
+def _restored_kernel(x, v_mean, v_step, out, L, NK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    keep = cols < NK
+    mean, step = tl.load(v_mean + cols, keep, 0.0), tl.load(v_step + cols, keep, 0.0)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for row in range(first, min(first + TOKENS, L)):
+        value = tl.load(x + row * NK + cols, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
+        tl.store(out + row * NK + cols, (value * step + mean).to(out.dtype.element_ty), keep)
+
+
+def _sizes(qkv: Tensor, gain: Tensor) -> tuple[int, int, int]:
+    return qkv.shape[0], qkv.shape[1] // (3 * gain.shape[0]), gain.shape[0]
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))  # type: ignore[return-value]
+
+
+def qkv_moments(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, *, config: Config = MOMENTS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """k_mean, v_mean, v_step (N, K) and steps (3,), fp32. config.block: tokens that one program sums."""
+    L, N, K = _sizes(qkv, q_gain)
+    cos, sin = _tables(cos, sin)
+    chunks, fp32 = triton.cdiv(L, config.block), {"dtype": torch.float32}
+    partial = qkv.new_empty(4, chunks, N, K, **fp32)
+    k_mean, v_mean, v_step = (qkv.new_empty(N, K, **fp32) for _ in range(3))
+    steps = qkv.new_empty(3, **fp32)
+    with on_device_of(qkv):
+        if chunks:
+            _moments_kernel[(chunks,)](
+                qkv, k_gain.contiguous(), cos, sin, partial, L, cos.stride(0), sin.stride(0), chunks * N * K, eps,
+                N=N, K=K, CHUNK=config.block, BLOCK_N=triton.next_power_of_2(N),
+                BLOCK_HALF=triton.next_power_of_2(K // 2), num_warps=config.warps,
+            )  # fmt: skip
+        _moments_finish_kernel[(triton.cdiv(N * K, 32),)](
+            partial, q_gain.contiguous(), k_gain.contiguous(), k_mean, v_mean, v_step, steps, L, chunks,
+            chunks * N * K, K**0.5, NK=N * K, K=K, ROWS=64, BLOCK=32, BLOCK_K=triton.next_power_of_2(K), num_warps=4,
+        )  # fmt: skip
+    return k_mean, v_mean, v_step, steps
+
+
+def empty_codes(like: Tensor, L: int, N: int, K: int, columns: bool = False) -> Tensor:
+    """Uninitialised codes (L, N, K); with `columns` the tokens of a channel lie in a row, padded to COLUMNS."""
+    if not columns:
+        return like.new_empty(L, N, K, dtype=E4M3)
+    padded = triton.cdiv(max(L, 1), COLUMNS) * COLUMNS
+    return like.new_empty(N, K, padded, dtype=E4M3).permute(2, 0, 1)[:L]
+
+
+def qkv_codes(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, v_columns: bool, eps: float, *,
+    config: Config | None = None, v_config: Config = VALUES,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Codes of q, k and v, each (L, N, K) e4m3. config.block: tokens of one program."""
+    L, N, K = _sizes(qkv, q_gain)
+    cos, sin = _tables(cos, sin)
+    q, k, v = (empty_codes(qkv, L, N, K, part == "v" and v_columns) for part in "qkv")
+    if q.numel() == 0:
+        return q, k, v
+    config = config or (ROTATED if rotate else CODES)
+    BLOCK_N = triton.next_power_of_2(N)
+    tokens = max(config.block, 16 // BLOCK_N) if rotate else config.block  # a product has 16 rows at least
+    with on_device_of(qkv):
+        _qk_codes_kernel[(triton.cdiv(L, tokens),)](
+            qkv, q_gain.contiguous(), k_gain.contiguous(), cos, sin, k_mean, steps, q, k, L, cos.stride(0),
+            sin.stride(0), K**0.5, eps, N=N, K=K, TOKENS=tokens, BLOCK_N=BLOCK_N,
+            BLOCK_HALF=triton.next_power_of_2(K // 2), ROTATE=rotate,
+            PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", num_warps=config.warps,
+        )  # fmt: skip
+        _v_codes_kernel[(triton.cdiv(L, v_config.block), N)](
+            qkv, v_mean, v_step, v, L, *v.stride(), N=N, K=K, TOKENS=v_config.block,
+            BLOCK_K=triton.next_power_of_2(K), TRANSPOSED=v_columns, num_warps=v_config.warps,
+        )  # fmt: skip
+    return q, k, v
+
+
+def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor, *, config: Config = RESTORED) -> Tensor:
+    """x * v_step + v_mean: (L, N, K) -> (L, N*K). config.block: tokens of one program."""
+    L, NK = x.shape[0], x.shape[1] * x.shape[2]
+    out = x.new_empty(L, NK)
+    if out.numel():
+        with on_device_of(x):
+            _restored_kernel[(triton.cdiv(L, config.block),)](
+                x, v_mean, v_step, out, L, NK=NK, TOKENS=config.block, BLOCK=triton.next_power_of_2(NK),
+                num_warps=config.warps,
+            )  # fmt: skip
+    return out
