@@ -1,0 +1,170 @@
+"""The VAE strip by strip: equal to the whole picture, and as small as it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cosmos_fast import costs, vae_rows, vae_strips
+from cosmos_fast.config import NetworkConfig
+from cosmos_fast.recipe import Plan, Recipe
+from cosmos_fast.vae import VAE, Stream, VAEConfig
+from cosmos_fast.vae_keys import vae_convs, vae_flops, vae_history, vae_memory
+from cosmos_fast.vae_rows import Rows, strip_flops, strip_memory, strips
+
+H, W, FRAMES = 224, 32, 9  # 28 latent rows: more than the convs reach from a strip in the middle
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    torch.manual_seed(0)
+    model = VAE(VAEConfig(base=8))
+    for (
+        weight
+    ) in model.parameters():  # convs that keep what they get at its size, so that a wrong row is seen far
+        torch.nn.init.normal_(
+            weight, std=1.5 * weight[0].numel() ** -0.5 if weight.dim() > 3 and weight.shape[1] > 1 else 0.5
+        )
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip() -> Tensor:
+    return torch.rand(1, 3, FRAMES, H, W, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def latents(vae: VAE, clip: Tensor) -> Tensor:
+    return vae.encode(clip, 4)
+
+
+def encoded(vae: VAE, clip: Tensor, window: int | None, count: int) -> Tensor:
+    _, _, frames, height, width = clip.shape
+    return vae_strips.encode(
+        vae,
+        lambda start, stop, top, end: clip[:, :, start:stop, top:end],
+        (frames, height, width),
+        window,
+        count,
+    )
+
+
+def decoded(vae: VAE, z: Tensor, window: int | None, count: int) -> Tensor:
+    """All tiles put together; NaN where there was none, or two."""
+    frames = 1 + 4 * (z.shape[2] - 1)
+    x = torch.full((1, 3, frames, z.shape[3] * 8, z.shape[4] * 8), torch.nan)
+    for frame, row, tile in vae_strips.decode(vae, z, window, count):
+        place = x[:, :, frame : frame + tile.shape[2], row : row + tile.shape[3]]
+        assert place.shape == tile.shape and place.isnan().all()
+        place.copy_(tile)
+    return x
+
+
+def difference(x: Tensor, y: Tensor) -> float:
+    """The greatest, over the greatest number of y; NaN where x has one."""
+    return float((x - y).abs().max() / y.abs().max())
+
+
+@pytest.mark.parametrize(("window", "count"), [(4, 2), (4, 3), (8, 5), (None, 4), (4, 28)])
+def test_encode_in_strips_is_the_encode(
+    vae: VAE, clip: Tensor, latents: Tensor, window: int | None, count: int
+) -> None:
+    assert difference(encoded(vae, clip, window, count), latents) < 5e-6
+
+
+@pytest.mark.parametrize(("window", "count"), [(1, 2), (1, 3), (2, 5), (None, 4), (1, 28)])
+def test_decode_in_strips_is_the_decode(vae: VAE, latents: Tensor, window: int | None, count: int) -> None:
+    assert difference(decoded(vae, latents, window, count), vae.decode(latents, 1)) < 5e-6
+
+
+def test_one_strip_and_more_strips_than_rows(vae: VAE, clip: Tensor, latents: Tensor) -> None:
+    assert torch.equal(encoded(vae, clip, 4, 1), latents)
+    assert torch.equal(decoded(vae, latents, 1, 1), vae.decode(latents, 1))
+    small = clip[:, :, :5, :24]
+    assert difference(encoded(vae, small, 4, 9), vae.encode(small, 4)) < 5e-6
+    assert strips(3, 9) == [Rows(0, 1), Rows(1, 2), Rows(2, 3)] and strips(88, 3)[-1] == Rows(58, 88)
+
+
+def test_a_row_too_few_is_a_seam(
+    vae: VAE, clip: Tensor, latents: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of the tests above is far below what one missing row does."""
+    grown = Rows.grown
+
+    def less(self: Rows, by: int, height: int) -> Rows:
+        return grown(self, max(by - 1, 0), height)
+
+    monkeypatch.setattr(vae_rows.Rows, "grown", less)
+    assert difference(encoded(vae, clip, 4, 2), latents) > 1e-4
+    assert difference(decoded(vae, latents, 1, 2), vae.decode(latents, 1)) > 1e-4
+
+
+def test_strips_have_histories_of_their_own_height(
+    vae: VAE, latents: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a decode carries is what the sizes say: the model of memory stands on it."""
+    made: list[Stream] = []
+    start = Stream.__init__
+
+    def kept(self: Stream, keep: bool = True) -> None:
+        start(self, keep)
+        made.append(self)
+
+    monkeypatch.setattr(Stream, "__init__", kept)
+    decoded(vae, latents, 1, 3)
+    h = latents.shape[3]
+    for stream, strip in zip(made[1:], strips(h, 3), strict=True):
+        _, convs = vae_rows.strip_convs(strip, H, W, 4, vae.config)
+        assert stream.nbytes == 4 * sum(conv.width * conv.past for conv in convs)
+    assert max(s.nbytes for s in made[1:]) < 0.6 * 4 * vae_history(H, W, vae.config)[1]
+
+
+def test_flop_of_strips_are_those_that_run(vae: VAE, latents: Tensor) -> None:
+    def conv3d(
+        x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...], *, out_shape: tuple[int, ...]
+    ) -> int:
+        return 2 * out_shape[0] * weight[0] * weight[1] * 27 * out_shape[2] * out_shape[3] * out_shape[4]
+
+    def run(count: int) -> int:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.cosmos_fast.conv3d: conv3d}) as counter:
+            decoded(vae, latents, 1, count)
+        return counter.get_total_flops()
+
+    told = strip_flops(FRAMES, H, W, 3, vae.config)[1] - strip_flops(FRAMES, H, W, 1, vae.config)[1]
+    # The time convs of the strips are counted for all frames but frame 0, as they run.
+    assert run(3) - run(1) == pytest.approx(told, rel=1e-3)
+
+
+def test_four_strips_decode_720p_below_three_gib() -> None:
+    whole, cut = vae_memory(704, 1280, 4, 1), strip_memory(704, 1280, 4, 1, 4)
+    assert [2 * n / 2**30 for n in cut] == pytest.approx([1.74, 1.99], abs=0.01)
+    assert strip_memory(704, 1280, 4, 1, 1) == whole
+    # More arithmetic: a fifth.
+    for side in (0, 1):
+        alone, four = (strip_flops(93, 704, 1280, count)[side] for count in (1, 4))
+        assert 1.15 < 1 + (four - alone) / vae_flops(93, 704, 1280)[side] < 1.25
+    assert strip_flops(93, 704, 1280, 1)[1] < vae_flops(93, 704, 1280)[1]
+    encode, decode = vae_convs(4, 704, 1280, lead=0)
+    assert encode and decode
+
+
+def test_the_plan_counts_on_strips() -> None:
+    def memory(plan: Plan) -> dict[str, int]:
+        found = costs.memory_bytes(NetworkConfig(), Recipe(), plan, 93, 1280, 704)
+        return {stage: found[stage] - found["weights"] for stage in ("encode", "denoise", "decode")}
+
+    whole, cut = memory(Plan()), memory(Plan(vae_strips=4))
+    assert cut["denoise"] == whole["denoise"]
+    assert cut["decode"] < 3 * 2**30 < whole["decode"] and cut["encode"] < whole["encode"] / 2
+
+
+def test_strips_come_from_top_to_bottom_with_all_their_frames(vae: VAE, latents: Tensor) -> None:
+    def places() -> Iterator[tuple[int, int]]:
+        for frame, row, _ in vae_strips.decode(vae, latents, 1, 2):
+            yield row, frame
+
+    assert list(places()) == [(row, frame) for row in (0, 112) for frame in (0, 1, 5)]
