@@ -41,8 +41,15 @@ class Files:
             self._open[path] = Writer(path, size, self.fps, codec=self.codec)
         self._open[path].write(frames_FHW3)
 
+    def finish(self, keep: Path | None = None) -> None:
+        """End and check every file but `keep`, so that publishing them takes no time later."""
+        for path, writer in self._open.items():
+            if path != keep:
+                writer.finish()
+
     def publish(self, last: Path | None = None) -> list[Path]:
-        """Finish, reopen and count every file, `last` last; returns the others."""
+        """Give every file its name, `last` last, once all of them are reopened and counted; returns the others."""
+        self.finish()
         beside = [path for path in (*self._open, *self._images) if path != last]
         for path in (*beside, *([] if last is None else [last])):
             if path in self._open:

@@ -7,7 +7,9 @@ file, which the next writer of that name removes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +26,9 @@ from .video_decode import NO_LIMITS, Decoder, even_size
 _BT709, _LIMITED, _FULL = 1, 1, 2
 _YUV_FLAGS = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 _IMAGE_QUALITY = 85
+_FRAME_THREADS = 16
+"""Frames libx264 works on at once, the same on every machine because its bytes depend on the number. PyAV's default cuts
+each frame into slices instead: slower where there are many cores, and each cut costs bits (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Writer:
         self.codec = codec
         self.frames = 0
         self._container: Any = None
+        self._is_finished = False
         if codec not in CODECS:
             raise MediaError(f"Writer: codec must be one of {', '.join(CODECS)}, got {codec!r}.")
         if not isinstance(fps, (int, Fraction)) or not 0 < fps <= 1000:
@@ -107,6 +113,7 @@ class Writer:
             codec.bit_rate = bit_rate(self.size, self.fps)
             if self.codec == "libx264":
                 options["bufsize"] = str(2 * codec.bit_rate)
+                codec.thread_type, codec.thread_count = "FRAME", _FRAME_THREADS
             codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
             codec.color_range = _LIMITED
         codec.options = options
@@ -127,13 +134,10 @@ class Writer:
                 f"{self.path}: frames must be (F, {height}, {width}, 3) uint8, "
                 f"got {frames_FHW3.shape} {frames_FHW3.dtype}."
             )
-        try:
+        with self._or_abort():
             for frame_HW3 in frames_FHW3:
                 self._container.mux(self._stream.encode(self._encodable(frame_HW3)))
                 self.frames += 1
-        except (av.FFmpegError, OSError) as error:
-            self.abort()
-            raise EnvironmentProblem(f"{self.path}: must be writable, got: {error}.") from error
 
     def _encodable(self, frame_HW3: np.ndarray) -> av.VideoFrame:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), "rgb24")
@@ -154,21 +158,36 @@ class Writer:
         frame.time_base = 1 / self.fps
         return frame
 
-    def close(self) -> None:
-        """Finish, check and publish the file. A second call does nothing."""
+    def finish(self) -> None:
+        """End the file and check it, still under its part name: what is left to `close` is quick. Once is enough."""
         if self._container is None:
             return
-        try:
-            if self.frames == 0:
-                raise MediaError(f"{self.path}: a video must have frames, got none written.")
-            try:
-                self._container.mux(self._stream.encode(None))
-                self._container.close()
-                self._container = None
-                self._verify()
+        if self.frames == 0:
+            self.abort()
+            raise MediaError(f"{self.path}: a video must have frames, got none written.")
+        with self._or_abort():
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            self._container = None
+            self._verify()
+            self._is_finished = True
+
+    def close(self) -> None:
+        """Finish, check and publish the file. A second call does nothing."""
+        self.finish()
+        if self._is_finished:
+            self._is_finished = False
+            with self._or_abort():
                 _publish(self._part, self.path)
-            except (av.FFmpegError, OSError) as error:
-                raise EnvironmentProblem(f"{self.path}: must be writable, got: {error}.") from error
+
+    @contextlib.contextmanager
+    def _or_abort(self) -> Iterator[None]:
+        """Nothing stays of a file that an error ends; trouble with the disk or the encoder is the machine's."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            self.abort()
+            raise EnvironmentProblem(f"{self.path}: must be writable, got: {error}.") from error
         except BaseException:
             self.abort()
             raise
@@ -195,7 +214,7 @@ class Writer:
 
     def abort(self) -> None:
         """Drop everything written so far; the final name is left as it was."""
-        container, self._container = self._container, None
+        container, self._container, self._is_finished = self._container, None, False
         if container is not None:
             try:
                 container.close()

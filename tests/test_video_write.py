@@ -213,3 +213,26 @@ def test_limits_are_for_reading_only(tmp_path: Path) -> None:
         writer.write(media.pattern(30))
     with pytest.raises(MediaError, match="at most 20 frames"):
         probe(tmp_path / "c.mp4", limits=Limits(frames=20))
+
+
+def test_a_finished_file_has_its_name_only_when_it_is_closed(tmp_path: Path) -> None:
+    with Writer(tmp_path / "c.mp4", (64, 48), 25) as writer:
+        writer.write(media.pattern(5))
+        writer.finish()
+        writer.finish()
+        assert os.listdir(tmp_path) == ["c.part.mp4"]
+        with pytest.raises(MediaError, match="frames must come before close"):
+            writer.write(media.pattern(1))
+    assert os.listdir(tmp_path) == ["c.mp4"] and probe(tmp_path / "c.mp4").frames == 5
+    with pytest.raises(RuntimeError), Writer(tmp_path / "d.mp4", (64, 48), 25) as writer:
+        writer.write(media.pattern(5))
+        writer.finish()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["c.mp4"]
+
+
+def test_threads_of_the_encoder_do_not_depend_on_the_machine(tmp_path: Path) -> None:
+    with Writer(tmp_path / "c.mp4", (64, 48), 25) as writer:
+        codec = writer._stream.codec_context
+        assert (str(codec.thread_type), codec.thread_count) == ("ThreadType.FRAME", 16)
+        writer.write(media.pattern(2))
