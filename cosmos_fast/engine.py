@@ -8,9 +8,9 @@ F video frames, S text tokens, E text width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,23 +28,27 @@ from .chunking import (
     weight_maps,
     weight_vector,
 )
+from .clip_parts import Part, Progress, Result, Step, screened
 from .clip_plan import ClipPlan
-from .dispatch import pick_device
+from .context import Context
+from .exchange import Exchanged
 from .formats import CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
 from .graphs import Graphed
 from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
 from .makers import Makers
 from .network import Network, Pair, Prompt, Single
+from .parallel import Halves, Mesh
 from .planning import preflight
 from .recipe import Plan, Recipe
+from .self_attention import SelfAttention, exact
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
 from .text_cache import published_text
 from .vae import VAE, VAEConfig, channels_last_
 
-Progress = Callable[["Step"], None]
+__all__ = ["Engine", "Part", "Progress", "Result", "Step", "StyleEncoder"]
 
 
 class StyleEncoder(Protocol):
@@ -53,43 +57,6 @@ class StyleEncoder(Protocol):
     def encode(self, image_HW3: np.ndarray, size: tuple[int, int]) -> Tensor:
         """(H, W, 3) uint8 -> (image_tokens, image_width); size is the working (width, height)."""
         ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where a clip is: called after every denoising step. `stage` names what just ended."""
-
-    name: str
-    stage: str
-    chunk: int
-    chunks: int
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one chunk adds to the finished clip, at model size.
-
-    Shapes: frames, source and each control (F, H, W, 3) uint8; masks (F, H, W) bool; guided (F, H, W) float.
-    """
-
-    chunk: Chunk
-    seed: int
-    frames: np.ndarray
-    source: np.ndarray
-    controls: dict[str, np.ndarray]
-    masks: dict[str, np.ndarray]
-    guided: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished clip in memory: frames (F, H, W, 3) uint8 at model size, and how it was made."""
-
-    clip: ClipPlan
-    frames: np.ndarray
-    stages: dict[str, dict[str, float | int | None]]
 
 
 class Engine:
@@ -104,7 +71,9 @@ class Engine:
     by default what goes with the checkpoint. chunk_lengths: frames per chunk that the model was trained for,
     by default what its card says, else 93 and 1. guardrails: yours, or whether to screen at all; by default on
     for published ids and off for other weights. clip_makers: what computes from the whole clip what neither a file
-    nor `makers` gives; by default the published models. Raises CheckpointError or EnvironmentProblem.
+    nor `makers` gives; by default the published models. mesh: the ranks that share the work as `plan` says, by default
+    opened here; all of them make the same calls, and the first one alone has the screened frames. Raises
+    CheckpointError or EnvironmentProblem.
     """
 
     def __init__(
@@ -121,9 +90,11 @@ class Engine:
         chunk_lengths: tuple[int, ...] | None = None,
         guardrails: Guardrails | bool | None = None,
         clip_makers: Makers | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self.recipe, self.plan = recipe or Recipe.exact(), plan or Plan()
-        self.device = pick_device(self.plan.device)
+        self.mesh = mesh or Mesh.open(self.plan)
+        self.device = self.mesh.device
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
         self.stages = Stages(self.device)
         self.makers = makers
@@ -159,10 +130,11 @@ class Engine:
         must drop the parts before.
         """
         clip = self.planned(spec)
-        watch = self.watch(clip)
-        clip = self.clip_makers.complete(clip)
+        world = self.mesh.world
+        watch = world.by_first(partial(self.watch, clip), None)
+        clip = world.first(partial(self.clip_makers.complete, clip))
         for part in self.parts(clip, on_step):
-            yield part if watch is None else replace(part, frames=watch.screen(part.frames))
+            yield world.by_first(partial(screened, part, watch), part)
 
     def watch(self, clip: ClipPlan) -> Watch | None:
         """Screens the clip's prompts, and gives what screens its frames; None without guardrails. Raises Refused."""
@@ -184,15 +156,12 @@ class Engine:
                 with self.stages("inputs"):
                     given = inputs.read(chunk)
                 with self.stages("encode"):
-                    known = self._known(clip, chunk, tail)
-                    latents = [
-                        self._control_latent(given.controls.get(name)) for name in self._branches(clip)
-                    ]
-                    guide = self._guide(clip, given)
+                    known, guide, latents = self._latents(clip, chunk, tail, given)
                 with self.stages("denoise"):
                     x0 = self._sample(
                         clip, chunk, seed, schedule, prompts, latents, given, known, guide, on_step
                     )
+                self.mesh.world.check_same(x0, "latents")
                 with self.stages("decode"):
                     decoded = self._decode(clip, x0)
                 tail = decoded[len(decoded) - clip.spec.num_conditional_frames :]
@@ -235,7 +204,7 @@ class Engine:
         if image is not None:
             if self.style is None:
                 raise EnvironmentProblem("style image: needs an encoder, got none. Pass style= to Engine.")
-            seen = self.style.encode(image, clip.model_size)
+            seen = self.mesh.world.first(lambda: self.style.encode(image, clip.model_size).cpu())
             wanted = (self.network.config.image_tokens, self.network.config.image_width)
             if tuple(seen.shape) != wanted:
                 raise EnvironmentProblem(
@@ -243,32 +212,37 @@ class Engine:
                     "Use the encoder that the network was trained with."
                 )
             features[0] = seen.to(self.device, self.dtype)
-        embedded = self.text.encode(texts)
+        embedded = self.mesh.world.first(lambda: [text.cpu() for text in self.text.encode(texts)])
         return [
             self.network.read_prompt(text.to(self.device, self.dtype), feature)
             for text, feature in zip(embedded, features, strict=True)
         ]
 
-    def _known(self, clip: ClipPlan, chunk: Chunk, tail: np.ndarray | None) -> sampler.Known | None:
-        """Latents of the frames shared with the chunk before. Latent 0 sees the first of them alone."""
-        count = conditional_latents(chunk.index, clip.spec.num_conditional_frames)
-        if count == 0 or tail is None:
-            return None
-        return sampler.Known(self._encode(ops.normalized(self._to_device(tail[:1]), self.dtype)).float())
+    def _latents(
+        self, clip: ClipPlan, chunk: Chunk, tail: np.ndarray | None, given: ChunkInputs
+    ) -> tuple[sampler.Known | None, sampler.Guide | None, list[Tensor | None]]:
+        """What the network is shown besides noise, each clip encoded by one rank.
 
-    def _control_latent(self, control: np.ndarray | None) -> Tensor | None:
-        """(C, T, H, W) of one control; None where it is absent or all black, which the network treats alike."""
-        if control is None or is_black(control):
-            return None
-        return self._encode(ops.normalized(self._to_device(control), self.dtype))[0]
-
-    def _guide(self, clip: ClipPlan, given: ChunkInputs) -> sampler.Guide | None:
-        if given.guided is None:
-            return None
-        # Scaled in fp32 and rounded once, unlike controls and known frames: so it was published.
-        x0 = self._encode(ops.normalized(self._to_device(given.frames), torch.float32).to(self.dtype))
-        weight = guided_map(given.guided).to(self.device)
-        return sampler.Guide(x0, weight, clip.spec.guided_generation_step_threshold)
+        Known frames: shared with the chunk before; latent 0 sees the first of them alone. Controls: one (C, T, H, W) per
+        branch, None where it is absent or all black, which the network treats alike.
+        """
+        shared = conditional_latents(chunk.index, clip.spec.num_conditional_frames)
+        shown = [given.controls.get(name) for name in self._branches(clip)]
+        *latents, anchor, gt = self.mesh.world.spread(
+            [
+                *(None if c is None or is_black(c) else partial(self._encode, c) for c in shown),
+                # Scaled in fp32 and rounded once, unlike controls and known frames: so it was published.
+                None if given.guided is None else partial(self._encode, given.frames, torch.float32),
+                None if tail is None or shared == 0 else partial(self._encode, tail[:1]),
+            ],
+            self.device,
+        )
+        known = None if gt is None else sampler.Known(gt.float())
+        guide = None
+        if anchor is not None and given.guided is not None:
+            weight = guided_map(given.guided).to(self.device)
+            guide = sampler.Guide(anchor, weight, clip.spec.guided_generation_step_threshold)
+        return known, guide, [None if z is None else z[0] for z in latents]
 
     def _sample(
         self,
@@ -307,9 +281,16 @@ class Engine:
                 single, noise, schedule, known=known, dtype=self.dtype, on_step=told
             )
         return sampler.sample(
-            self._graphed(Pair(network, *contexts)), sampler.noise(seed, shape).to(self.device), schedule,
+            self._pair(contexts), sampler.noise(seed, shape).to(self.device), schedule,
             guidance=clip.spec.guidance, known=known, guide=guide, dtype=self.dtype, on_step=told,
         )  # fmt: skip
+
+    def _pair(self, contexts: list[Context]) -> sampler.Pair:
+        """Both velocities on every rank, however many passes each computes."""
+        cfg = self.mesh.cfg
+        if cfg.size == 1 or len(contexts) == 1:
+            return self._graphed(Pair(self.network, *contexts))
+        return Halves(self._graphed(Single(self.network, contexts[cfg.rank])), cfg)
 
     def _graphed(self, bound: Pair | Single) -> Any:
         """The bound network, its launches recorded in a CUDA graph if the plan asks for that."""
@@ -343,20 +324,23 @@ class Engine:
             None if given.guided is None else given.guided[kept],
         )  # fmt: skip
 
-    def _encode(self, x_BCFHW: Tensor) -> Tensor:
-        return self.vae.encode(x_BCFHW, self.plan.vae_encode_window)
-
-    def _to_device(self, frames_FHW3: np.ndarray) -> Tensor:
-        return torch.from_numpy(frames_FHW3).to(self.device)
+    def _encode(self, frames_FHW3: np.ndarray, scaled_in: torch.dtype | None = None) -> Tensor:
+        """uint8 -> (1, C, T, H, W), pixels scaled to [-1, 1] in `scaled_in`, by default the engine's dtype."""
+        frames = torch.from_numpy(frames_FHW3).to(self.device)
+        pixels = ops.normalized(frames, scaled_in or self.dtype).to(self.dtype)
+        return self.vae.encode(pixels, self.plan.vae_encode_window)
 
     # --- loading ---
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
         loaded = models.network_state(source, self.dtype, self.device)
         with torch.device("meta"):
-            network = Network(loaded.config)
+            network = Network(loaded.config, self._attention(), self.mesh.context)
         network.load_state_dict(loaded.state, strict=True, assign=True)
         return network.eval().requires_grad_(False), loaded.notes
+
+    def _attention(self) -> SelfAttention:
+        return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)
 
     def _load_vae(self, path: Path) -> VAE:
         state = models.vae_state(path, self.dtype, self.device)

@@ -156,16 +156,20 @@ class Group:
 
     def first(self, make: Callable[[], T]) -> T:
         """make() on the first rank, its picklable value (tensors on the CPU) on all; what it raises, all raise."""
+        return self.tell(self.by_first(make, None))  # type: ignore[arg-type, return-value]
+
+    def by_first(self, make: Callable[[], T], otherwise: T) -> T:
+        """make() on the first rank, `otherwise` on the others; what it raises, all raise."""
         if self.size == 1:
             return make()
-        value, error = None, None
+        value, error = otherwise, None
         if self.rank == 0:
             try:
                 value = make()
             except Exception as caught:
                 error = caught
         self._raise_together(error, 0)
-        return self.tell(value)  # type: ignore[return-value]
+        return value
 
     def spread(
         self, jobs: Sequence[Callable[[], Tensor] | None], device: torch.device

@@ -13,7 +13,7 @@ import torch
 from system import CHUNK, clip_of, open_engine, request
 from torch import Tensor
 
-from cosmos_fast import ops, sampler
+from cosmos_fast import sampler
 from cosmos_fast.chunking import seed_chain
 from cosmos_fast.engine import Engine, Step
 from cosmos_fast.formats import ClipError, EnvironmentProblem, SpecError
@@ -221,14 +221,18 @@ def test_control_from_a_file_is_taken_as_it_is(models: Path, clip: Path, tmp_pat
     assert (part.controls["depth"] == 200).all()
 
 
-def test_black_control_is_no_control(models: Path, clip: Path, tmp_path: Path) -> None:
+def test_black_control_is_no_control(
+    models: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = open_engine(models, "depth")
-    black = flat(tmp_path / "black.mkv", 0)
-    spec = request(clip, max_frames=CHUNK, depth={"control_path": str(black)})
-    frames = engine.generate(spec).frames
-    assert frames.std() > 5
-    assert engine._control_latent(np.zeros((CHUNK, 256, 256, 3), np.uint8)) is None
-    assert engine._control_latent(np.full((CHUNK, 256, 256, 3), 9, np.uint8)) is not None
+    encoded: list[int] = []
+    original = engine.vae.encode
+    monkeypatch.setattr(engine.vae, "encode", lambda *given: encoded.append(1) or original(*given))
+    for level, count in ((0, 0), (9, 1)):
+        control = flat(tmp_path / f"{level}.mkv", level)
+        spec = request(clip, max_frames=CHUNK, depth={"control_path": str(control)})
+        assert engine.generate(spec).frames.std() > 5
+        assert len(encoded) == count
 
 
 # --- guided generation ---
@@ -251,7 +255,7 @@ def test_guide_is_the_input_where_the_mask_is_white(
     assert guide.threshold == 25 and guide.weight_THW.shape == (2, 32, 32)
     assert not guide.weight_THW[:, :, :12].any() and (guide.weight_THW[:, :, 20:] == 1).all()
     with torch.inference_mode():
-        x0 = edge._encode(ops.normalized(torch.from_numpy(part.source), torch.float32))
+        x0 = edge._encode(part.source, torch.float32)
     assert torch.equal(guide.x0_BCTHW, x0)
     assert part.guided is not None and part.guided.shape == (CHUNK, 256, 256)
 

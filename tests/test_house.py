@@ -32,8 +32,8 @@ LAYERS: dict[int, tuple[str, str]] = {
         "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
     ),
     5: ("sampler cache graphs", "vae_strips readback"),
-    6: ("engine", "planning clip_plan clip_parts inputs costs models makers"),
-    7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools"),
+    6: ("engine", "planning clip_plan clip_parts layout inputs costs models makers"),
+    7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools cli_parallel solo team team_store launch"),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
 NOUNS = {name for nouns, _ in LAYERS.values() for name in nouns.split()}
@@ -47,7 +47,7 @@ FREE = {
 MAX_LINES, MAX_LINES_VAE = 400, 450
 
 # Who may ask the machine: dispatch (which device, which candidate) and parallel (ranks).
-ASKS = {"dispatch.py", "ops.py", "parallel.py"}
+ASKS = {"dispatch.py", "ops.py", "parallel.py", "team.py", "team_store.py", "launch.py"}
 QUESTIONS = (
     "os.environ",
     "os.getenv",
