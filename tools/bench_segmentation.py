@@ -85,8 +85,7 @@ def main() -> None:
     record: dict[str, object] = {"size": size, "device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     torch.manual_seed(0)
     if not given.no_detector:
-        with device:
-            network = detector().eval()
+        network = detector().eval().to(device)  # it makes some of its weights without asking for a device
         pixels = segment_networks._pixels(frame, detector_size(size, 800, 1333), device)
         ids = torch.randint(1100, 30000, (1, 12), device=device)
         ids[0, 0], ids[0, -1] = 101, 102
@@ -97,8 +96,7 @@ def main() -> None:
             record["detect_ms"] = round(1000 * (now() - start), 1)
         assert boxes.shape == (1, 900, 4)
         del network
-    with device:
-        network = tracker().eval().requires_grad_(False)
+    network = tracker().eval().requires_grad_(False).to(device)
     for objects in given.objects:
         if on_gpu:
             torch.cuda.empty_cache()

@@ -25,6 +25,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from cosmos_fast.lowbit import read_packed, write_packed  # noqa: E402
+from tools.data.make_dataset import read_shards  # noqa: E402
 
 WEIGHTS = Path(__file__).resolve().parent / "probe.safetensors"
 CLASSES = ("background", "surface", "robot arm", "roadside", "thing")
@@ -137,15 +138,24 @@ def loss_of(depth: Tensor, scores: Tensor, truth: Tensor, classes: Tensor) -> Te
     return fitted + (p - t).abs().mean() + 0.5 * F.cross_entropy(scores, classes)
 
 
+def read(data: Path, limit: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """rgb (N, F, H, W, 3), depth and labels (N, F, H, W) of the first clips, and a class table (N, 256), all uint8."""
+    shards, lines = [], []
+    for arrays, told in read_shards(data):
+        shards.append(arrays)
+        lines += told
+        if limit is not None and len(lines) >= limit:
+            break
+    rgb, depth, labels = (np.concatenate([s[n] for s in shards])[:limit] for n in ("rgb", "depth", "labels"))
+    tables = np.stack([class_table(line["labels"], line["background"]) for line in lines[:limit]])
+    return rgb, depth, labels, tables
+
+
 def train(
     data: Path, steps: int, batch: int, device: str, limit: int | None, seed: int = 0
 ) -> tuple[Probe, dict[str, Any]]:
     """A probe trained on the shards of a folder, and its error on their last 2 %."""
-    from clips import read
-
-    shards, lines = read(data, limit)
-    rgb, depth, labels = (np.concatenate([s[n] for s in shards])[:limit] for n in ("rgb", "depth", "labels"))
-    tables = np.stack([class_table(line["labels"], line["background"]) for line in lines[: len(rgb)]])  # type: ignore[arg-type]
+    rgb, depth, labels, tables = read(data, limit)
     held = max(1, len(rgb) // 50)
     trained = len(rgb) - held
     torch.manual_seed(seed)
