@@ -7,8 +7,9 @@ started, 3 the environment must change first, 130 or 143 interrupted with the st
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,9 +24,13 @@ from .cli_options import (
     overrides,
     with_model_options,
 )
+from .cli_parallel import open_layout, spread, told_once, with_ranks
 from .cli_tools import checkpoint, info, schema
 from .formats import CosmosFastError, MediaError, SpecError
 from .prompts import check_width, made_by, missing_prompts, prepare, text_encoder, text_options
+
+if TYPE_CHECKING:
+    from .solo import Solo
 
 SPEC_ERROR, ENVIRONMENT_ERROR = 2, 3
 TINY_NOTE = (
@@ -36,6 +41,11 @@ TINY_NOTE = (
 
 class Commands(click.Group):
     """Turns this package's own errors into a message and an exit code; anything else is a bug and shows itself."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
+        return super().make_context(
+            info_name, args, *more, obj=tuple(args), **extra
+        )  # what ranks are started with
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -74,8 +84,14 @@ def main() -> None:
 @click.option("--recipe", default="exact", show_default=True, help="Precision: exact (bf16) or fp32.")
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
 @click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")
-@click.option("--vae-strips", type=int, default=1, show_default=True,
-              help="Strips the VAE cuts a picture into, for small cards: 4 take a third of its memory, a fifth more time.")
+@click.option(
+    "--vae-strips",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Strips the VAE cuts a picture into, for small cards: 4 take a third of its memory, a fifth more time.",
+)
+@with_ranks
 @click.option("--graphs", is_flag=True, help="Replay steps as CUDA graphs: for small shapes and images.")
 @click.option(
     "--codec", type=click.Choice(["libx264", "libx265", "libsvtav1"]), default="libx264", show_default=True
@@ -90,6 +106,14 @@ def main() -> None:
 @overrides
 def generate(specs: tuple[Path, ...], **options: Any) -> None:
     """Make the clips that SPECS (.json, .jsonl or folders of them) ask for."""
+    from .team import open_team
+
+    team = open_team()
+    with told_once(team):
+        _generate(team, specs, options)
+
+
+def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> None:
     from .guards import StopFlag, Stopped
     from .outputs import OutputFolder
     from .progress import Progress
@@ -105,20 +129,17 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     except ValueError as error:
         raise SpecError(str(error)) from None
     configs = known_configs(options["checkpoint"], options["model"])
-    batch, some_invalid, found = checked_batch(
-        specs,
-        options,
-        recipe=recipe,
-        plan=plan,
-        checkpoint=options["checkpoint"],
-        configs=configs,
-    )
+    checked = team.share("batch", lambda: checked_batch(
+        specs, options, recipe=recipe, plan=plan, checkpoint=options["checkpoint"], configs=configs,
+    ))  # fmt: skip
+    batch, some_invalid, found = checked
+    layout = open_layout(options, team, batch)
     if options["dry_run"]:
-        click.echo(batch.as_table())
+        click.echo(batch.as_table() + (f"\n{layout}" if layout.ranks > 1 else ""))
         sys.exit(1 if some_invalid else 0)
     text = text_encoder(options)
     check_width(text, configs)
-    if options["checkpoint"] is None and not options["quiet"]:
+    if options["checkpoint"] is None and not options["quiet"] and team.started == 1:
         click.echo(TINY_NOTE, err=True)
     if not options["skip_invalid"] and (missing := missing_prompts(text, batch.clips)):
         raise SpecError(f"{len(missing)} prompts without embeddings", missing)
@@ -126,21 +147,42 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
     makers.check(batch.clips)
     style, guardrails = open_style(options, batch.clips), open_guardrails(options)
     folder = OutputFolder(output_folder(options["folder"], found))
+    if layout.ranks > team.started:
+        with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=True) as progress:
+            outcome = spread(layout, batch, {"batch": checked}, folder, stop, options["grace"], progress.line)
+        for problem in outcome.problems:
+            click.echo(f"error: {problem}", err=True)
+        if stop.requested:
+            click.echo(str(Stopped(stop.exit_code)), err=True)
+        made = [clip for clip in batch.clips if outcome.status[clip.name][0] in ("done", "skipped")]
+        for clip in made:
+            click.echo(folder.clip(clip.name).media(clip.frames))
+        sys.exit(outcome.exit_code or int(some_invalid))
     from .engine import Engine
     from .models import locate, locate_vae
     from .report import gpu_record
-    from .runner import Options, run_batch, waiting
+    from .runner import Options, follow, run_batch, waiting
+
+    team.enter(layout)
+    plan = replace(plan, device=team.device(plan.device), context=layout.context, cfg=layout.cfg)
 
     def open_engine(model: str) -> Engine:
         locate(options["checkpoint"], model)  # a network that is missing shows before prompts are encoded
-        prepare(text, waiting(batch.clips, folder, run), stop.check, progress.line)
+        if team.is_leader:
+            clips = waiting(batch.clips, folder, run)
+            if layout.groups > 1:
+                prepare(text, team.split(clips), stop.check, progress.line)
+                team.meet("prompts", stop.check)
+            prepare(text, clips, stop.check, progress.line)
+            team.open(model)
         engine = Engine(
             options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
             clip_makers=makers, style=style, guardrails=guardrails or options["guardrails"],
         )  # fmt: skip
-        folder.write_run(
-            environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
-        )
+        if team.is_first:
+            folder.write_run(
+                environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
+            )
         return engine
 
     def made_with(model: str) -> dict[str, Any]:
@@ -149,18 +191,23 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
         return {"recipe": recipe.to_dict(), "checkpoint": record, "text": made_by(text)}
 
     run = Options(options["codec"], options["resume"], made_with, guardrails, makers)
-    with StopFlag(options["grace"]) as stop, Progress(batch.clips, quiet=options["quiet"]) as progress:
+    shown = Progress(batch.clips, quiet=options["quiet"], label=team.label, workers=layout.groups)
+    with StopFlag(options["grace"]) as stop, shown as progress:
+        if not team.is_leader:
+            follow(team, open_engine)
+            sys.exit(team.close(0))
         try:
             summary = run_batch(
-                batch, open_engine, folder, options=run,
-                stop=stop, progress=progress.step, on_made=progress.made, report=progress.line,
+                batch, open_engine, folder, options=run, stop=stop, progress=progress.step,
+                on_made=progress.made, report=progress.line, team=team,
             )  # fmt: skip
         except Stopped as stopped:
-            progress.line(str(stopped))
-            sys.exit(stopped.exit_code)
+            if team.started == 1:
+                progress.line(str(stopped))
+            sys.exit(team.close(stopped.exit_code))
     for name in (*summary.skipped, *summary.done):
         click.echo(folder.clip(name).media(next(c.frames for c in batch.clips if c.name == name)))
-    sys.exit(1 if summary.failed or some_invalid else 0)
+    sys.exit(team.close(1 if summary.failed or some_invalid else 0))
 
 
 @main.command()

@@ -17,14 +17,21 @@ QUIET_LINES_S = 30.0
 
 
 class Progress:
-    """Counts network steps over the whole batch. Use as a context manager."""
+    """Counts network steps over the whole batch. Use as a context manager.
 
-    def __init__(self, clips: Sequence[ClipPlan], *, quiet: bool = False) -> None:
+    label: led by it, lines of several processes can be told apart. workers: how many such processes share the clips;
+    with more than one there is no bar, and the ETA is what it would be if all were as fast as this one.
+    """
+
+    def __init__(
+        self, clips: Sequence[ClipPlan], *, quiet: bool = False, label: str = "", workers: int = 1
+    ) -> None:
         from tqdm import tqdm
 
+        self.label, self.workers = label, workers
         self.clips = {clip.name: i for i, clip in enumerate(clips, start=1)}
         self.total = sum(clip.steps * len(clip.chunks) for clip in clips)
-        self.quiet, self.is_terminal = quiet, sys.stderr.isatty()
+        self.quiet, self.is_terminal = quiet, sys.stderr.isatty() and workers == 1
         self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
         self._bar = tqdm(
             total=self.total, unit="step", disable=quiet or not self.is_terminal, file=sys.stderr
@@ -34,7 +41,7 @@ class Progress:
         """Called after every denoising step."""
         self.done += 1
         where = (
-            f"clip {self.clips.get(step.name, '?')}/{len(self.clips)} {step.name} "
+            f"{self.label}clip {self.clips.get(step.name, '?')}/{len(self.clips)} {step.name} "
             f"chunk {step.chunk + 1}/{step.chunks} step {step.step}/{step.steps}"
         )
         self._bar.set_description(where, refresh=False)
@@ -48,13 +55,13 @@ class Progress:
             self._last = now
             pace = (now - self._start) / self.done
             print(
-                f"{where}, {pace:.2f} s/step, ETA {max(self.total - self.done, 0) * pace:.0f} s",
+                f"{where}, {pace:.2f} s/step, ETA {max(self.total / self.workers - self.done, 0) * pace:.0f} s",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
     def made(self, name: str, what: str, done: int, total: int) -> None:
         """Called after every frame of a control that is computed from the whole clip, and every chunk saved."""
-        where = f"clip {self.clips.get(name, '?')}/{len(self.clips)} {name} {what} {done}/{total}"
+        where = f"{self.label}clip {self.clips.get(name, '?')}/{len(self.clips)} {name} {what} {done}/{total}"
         self._bar.set_description(where)
         now = time.monotonic()
         if not self.is_terminal and not self.quiet and (now - self._last >= QUIET_LINES_S or done == total):
@@ -64,9 +71,9 @@ class Progress:
     def line(self, text: str) -> None:
         """One line about a clip, above the bar."""
         if self.is_terminal and not self.quiet:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(self.label + text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(self.label + text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,13 @@ from .makers import Makers, OnMade
 from .media_files import Media
 from .outputs import ClipOutputs, OutputFolder
 from .sidecar import build_sidecar
+from .solo import Solo
 from .text import describe_encoder
 
+if TYPE_CHECKING:
+    from .team import Team
+
+ALONE = Solo()
 MOST_DISK_FAILURES = 3
 """Clips in a row that may fail because the output folder refuses, before the batch stops."""
 
@@ -69,68 +74,91 @@ def run_batch(
     progress: Progress | None = None,
     on_made: OnMade | None = None,
     report: Callable[[str], None] = lambda line: None,
+    team: Solo = ALONE,
 ) -> Summary:
-    """Make every clip of a checked batch, one model after another so that each is loaded once.
+    """Make every clip of a checked batch that falls to this group of ranks, those of one model together.
 
-    report gets one line per clip, on_made one call per frame of a computed control. Raises Stopped when asked to
-    stop; everything finished stays finished.
+    report gets one line per clip, on_made one call per frame of a computed control. team: the ranks this process leads,
+    by default none. Raises Stopped when asked to stop; everything finished stays finished.
     """
     summary, disk_failures = Summary(), 0
     prepared: dict[str, ClipPlan | Exception] | None = None
-    for model in dict.fromkeys(clip.model for clip in batch.clips):
-        engine: Engine | None = None
-        made_with = options.made_with(model) if options.resume else {}
-        for clip in (clip for clip in batch.clips if clip.model == model):
-            outputs = folder.clip(clip.spec.name)
-            stop.check()
-            with contextlib.ExitStack() as held:
-                claim = Claim.take(outputs.claim_path, folder.locked)
-                if claim is None:
-                    summary.elsewhere.append(clip.spec.name)
-                    report(f"{clip.spec.name}: another process is making it")
-                    continue
-                held.enter_context(claim)
-                # Asked with the claim held: another process may have finished the clip a moment ago.
-                reason = redo_reason(clip, outputs, options, made_with) if options.resume else ""
-                if reason is None:
-                    summary.skipped.append(clip.spec.name)
-                    report(f"{clip.spec.name}: already done")
-                    continue
-                if options.resume and outputs.sidecar.exists():
-                    report(f"{clip.spec.name}: made again: {reason}")
-                fault = blocked(options.guardrails, batch, clip)
-                if fault is None and prepared is None:
-                    prepared = prepare(batch, folder, options, stop, on_made)
-                if fault is None and prepared is not None:
-                    ready = prepared.get(clip.name, clip)
-                    clip, fault = (clip, ready) if isinstance(ready, Exception) else (ready, None)
-                if fault is None:
-                    engine = engine or open_engine(model)
-                    try:
-                        record = make_clip(engine, clip, outputs, claim, options, stop, progress)
-                    except Stopped:
-                        outputs.remove_parts()
-                        raise
-                    except Exception as error:  # whatever it is, the other clips are not to pay for it
-                        fault = error
-                if fault is not None:
-                    message, status = describe(fault), "refused" if isinstance(fault, Refused) else "failed"
-                    summary.failed[clip.spec.name] = message
-                    report(f"{clip.spec.name}: {status}: {message}")
-                    with contextlib.suppress(OSError, EnvironmentProblem):
-                        outputs.fail(message, status, spec_hash=clip.spec.hash())
-                    disk_failures = disk_failures + 1 if is_disk_trouble(fault) else 0
-                    if disk_failures >= MOST_DISK_FAILURES:
-                        report(f"stopping: {disk_failures} clips in a row could not be written")
-                        return summary
-                    continue
-                disk_failures = 0
-                summary.done.append(clip.spec.name)
-                seconds = sum(stage["seconds"] for stage in record["stages"].values())
-                report(f"{clip.spec.name}: done in {seconds:.1f} s: {folder.root / record['output']['file']}")
-        del engine
-        gc.collect()
+    engine: Engine | None = None
+    model, made_with = None, {}
+    for clip in team.order(batch.clips):
+        if clip.model != model:
+            engine = None
+            gc.collect()  # two networks need not fit
+            model, made_with = clip.model, options.made_with(clip.model) if options.resume else {}
+        outputs = folder.clip(clip.spec.name)
+        stop.check()
+        with contextlib.ExitStack() as held:
+            claim = Claim.take(outputs.claim_path, folder.locked)
+            if claim is None:
+                summary.elsewhere.append(clip.spec.name)
+                report(f"{clip.spec.name}: another process is making it")
+                team.told(clip, "elsewhere")
+                continue
+            held.enter_context(claim)
+            # Asked with the claim held: another process may have finished the clip a moment ago.
+            reason = redo_reason(clip, outputs, options, made_with) if options.resume else ""
+            if reason is None:
+                summary.skipped.append(clip.spec.name)
+                report(f"{clip.spec.name}: already done")
+                team.told(clip, "skipped")
+                continue
+            if options.resume and outputs.sidecar.exists():
+                report(f"{clip.spec.name}: made again: {reason}")
+            fault = blocked(options.guardrails, batch, clip)
+            if fault is None and prepared is None:
+                prepared = prepare(batch, folder, options, stop, on_made, team)
+            if fault is None and prepared is not None:
+                ready = prepared.get(clip.name, clip)
+                clip, fault = (clip, ready) if isinstance(ready, Exception) else (ready, None)
+            if fault is None:
+                engine = engine or open_engine(clip.model)
+                try:
+                    record = make_clip(engine, clip, outputs, claim, options, stop, progress, team)
+                except Stopped:
+                    outputs.remove_parts()
+                    raise
+                except Exception as error:  # whatever it is, the other clips are not to pay for it
+                    fault = error
+            if fault is not None:
+                message, status = describe(fault), "refused" if isinstance(fault, Refused) else "failed"
+                summary.failed[clip.spec.name] = message
+                report(f"{clip.spec.name}: {status}: {message}")
+                with contextlib.suppress(OSError, EnvironmentProblem):
+                    outputs.fail(message, status, spec_hash=clip.spec.hash())
+                team.told(clip, status, message)
+                disk_failures = disk_failures + 1 if is_disk_trouble(fault) else 0
+                if disk_failures >= MOST_DISK_FAILURES:
+                    report(f"stopping: {disk_failures} clips in a row could not be written")
+                    return summary
+                continue
+            disk_failures = 0
+            summary.done.append(clip.spec.name)
+            seconds = sum(stage["seconds"] for stage in record["stages"].values())
+            report(f"{clip.spec.name}: done in {seconds:.1f} s: {folder.root / record['output']['file']}")
+            team.told(clip, "done")
     return summary
+
+
+def follow(team: Team, open_engine: Callable[[str], Engine]) -> None:
+    """What a rank does that does not lead: its share of every clip that its leader makes. It writes nothing."""
+    engine: Engine | None = None
+    for task, given in team.tasks():
+        if task == "open":
+            engine = None
+            gc.collect()
+            engine = open_engine(given)
+            continue
+        assert engine is not None, "follow: a clip came before its model"
+        with team.following(given, describe), contextlib.closing(
+            engine.parts(given, lambda step: team.heed(is_step=True))
+        ) as parts:  # fmt: skip
+            for _ in parts:
+                team.heed(is_step=False)
 
 
 def redo_reason(
@@ -151,9 +179,13 @@ def waiting(clips: Sequence[ClipPlan], folder: OutputFolder, options: Options) -
 
 
 def prepare(
-    batch: BatchPlan, folder: OutputFolder, options: Options, stop: StopFlag, on_made: OnMade | None
-) -> dict[str, ClipPlan | Exception]:
-    """Plans with files for every control, or why there is none, by clip; only of clips that will be made."""
+    batch: BatchPlan, folder: OutputFolder, options: Options, stop: StopFlag, on_made: OnMade | None,
+    team: Solo = ALONE,
+) -> dict[str, ClipPlan | Exception]:  # fmt: skip
+    """Plans with files for every control, or why there is none, by clip; only of clips that will be made.
+
+    Of several groups each makes the files of its share of the clips, and finds those of the others in the cache.
+    """
 
     def on_frame(clip: str, what: str, done: int, total: int) -> None:
         stop.check()
@@ -168,6 +200,9 @@ def prepare(
         options.made_with(model)  # finds the weights: what is missing shows before controls are made
     clips = waiting(clips, folder, options)
     clips = [clip for clip in clips if blocked(options.guardrails, batch, clip) is None]
+    if team.layout.groups > 1:
+        makers.prepare(team.split(clips), on_frame)
+        team.meet("controls", stop.check)
     return makers.prepare(clips, on_frame)
 
 
@@ -208,12 +243,14 @@ def make_clip(
     options: Options,
     stop: StopFlag,
     progress: Progress | None,
+    team: Solo = ALONE,
 ) -> dict[str, Any]:
     """Make one clip and put it in its place; returns its sidecar."""
     outputs.remove_parts()
 
     def on_step(step: Step) -> None:
         stop.check()
+        team.step()
         if progress is not None:
             progress(step)
 
@@ -222,16 +259,17 @@ def make_clip(
     seeds = []
     watch = engine.watch(clip)
     with Media(clip, outputs, options.codec) as media:
-        for part in engine.parts(clip, on_step):
-            with engine.stages("write"):
-                pictures = media.pictures(part)
-                checks.update(pictures.result, pictures.source)
-            if watch is not None:
-                with engine.stages("guardrails"):
-                    pictures.shown = watch.screen(pictures.shown)
-            with engine.stages("write"):
-                media.write(pictures)
-            seeds.append(part.seed)
+        with team.making(clip, lambda reason: outputs.fail(reason, spec_hash=clip.spec.hash())):
+            for part in team.parts(engine.parts(clip, on_step)):
+                with engine.stages("write"):
+                    pictures = media.pictures(part)
+                    checks.update(pictures.result, pictures.source)
+                if watch is not None:
+                    with engine.stages("guardrails"):
+                        pictures.shown = watch.screen(pictures.shown)
+                with engine.stages("write"):
+                    media.write(pictures)
+                seeds.append(part.seed)
         figures = checks.finish()
         guardrail = record_off(engine.unguarded or "") if watch is None else watch.finish()
         with engine.stages("write"):
