@@ -6,44 +6,24 @@ rounding: the published network rounds once more, before GELU, so this is nearer
 At L 84480, D 2048, M 8192: 2.83 TFLOP, 3.9 ms at the 732 TFLOP/s that cuBLAS sustains there on one H100, which is also
 the floor; 1.76 GB in bf16. Separate kernels write and read the 1.38 GB between them once more.
 
-GELU costs 14 instructions a value:
-    gelu(x) = max(x, 0) - a * 2^-Q(a),   a = |x|,   2^-Q(a) = erfc(a / sqrt(2)) / 2
-Q is smooth and close to a parabola; a polynomial of degree 10, fitted to it on [0, 10.5] with weights that make the error
-of a * 2^-Q even, leaves 2.5e-7 at most in the result (half an ulp of the largest values it occurs at; erf in fp32, as torch
-computes GELU, leaves 1.2e-6) and 7e-4 relative in the tail below -4, where x * (1 + erf) in fp32 has no digit left.
+While a tile's GELU is computed, its tensor cores wait, so every instruction a value costs counts. With a = |x|:
+    gelu(x) = max(x, 0) - a * 2^-Q(a),   2^-Q(a) = erfc(a / sqrt(2)) / 2
+Q is smooth and close to a parabola, so that a polynomial in fp32 takes its place:
+    half precision: degree 5, fitted on [0, 6.5]; 5.5e-6 at most in the result, 1/50 of half an ulp of bf16 where the result is
+        above 1e-3 in size. 9 instructions a value.
+    fp32: degree 10, fitted on [0, 10.5] with weights that make the error even; 2.5e-7 at most in the result (half an ulp of
+        the largest values it occurs at; erf in fp32, as torch computes GELU, leaves 1.2e-6) and 7e-4 relative in the tail below
+        -4, where x * (1 + erf) in fp32 has no digit left. 14 instructions.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from cosmos_fast.kernels.launch import on_device_of
+from cosmos_fast.kernels.tiles import Tiles, halves, place, product, programs, read, write
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """One program's tile: rows of x, rows of w, depth of a step; `group` tiles along L share their rows of w in L2.
-
-    parts: pieces of the tile's features that are rounded and stored one after the other. programs: at most so many,
-    each with tiles of its own in turn; None: one per multiprocessor.
-    """
-
-    l: int
-    m: int
-    d: int
-    warps: int
-    stages: int
-    group: int = 8
-    parts: int = 2
-    flatten: bool = True
-    programs: int | None = None
-
 
 # Fastest of the sweep recorded as linear-gelu.json in bench/results/.
 HALF = Tiles(128, 256, 64, 8, 4)
@@ -52,80 +32,66 @@ FULL = Tiles(32, 64, 32, 4, 2)
 
 
 @triton.jit
-def _gelu(x):
-    a = tl.minimum(tl.abs(x), 10.5)
-    q = 2.485452954559264e-09 * a - 1.1573083469329504e-07
-    q = q * a + 2.17055367102148e-06
-    q = q * a - 1.985527887882199e-05
-    q = q * a + 6.479019793914631e-05
-    q = q * a + 0.0004916578182019293
-    q = q * a - 0.0076155452989041805
-    q = q * a + 0.05295684561133385
-    q = q * a + 0.45901602506637573
-    q = q * a + 1.1511386632919312
-    q = q * a + 0.9999983906745911
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(-q)
+def _gelu(x, FINE: tl.constexpr):
+    # p is -Q: a sign in the constants costs nothing.
+    if FINE:
+        a = tl.minimum(tl.abs(x), 10.5)
+        p = -2.485452954559264e-09 * a + 1.1573083469329504e-07
+        p = p * a - 2.17055367102148e-06
+        p = p * a + 1.985527887882199e-05
+        p = p * a - 6.479019793914631e-05
+        p = p * a - 0.0004916578182019293
+        p = p * a + 0.0076155452989041805
+        p = p * a - 0.05295684561133385
+        p = p * a - 0.45901602506637573
+        p = p * a - 1.1511386632919312
+        p = p * a - 0.9999983906745911
+    else:
+        a = tl.minimum(tl.abs(x), 6.5)
+        p = -0.00038586664595641196 * a + 0.0064245183020830154
+        p = p * a - 0.0501236617565155
+        p = p * a - 0.4617270827293396
+        p = p * a - 1.1502166986465454
+        p = p * a - 1.0000512599945068
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(p)
 
 
 @triton.jit
-def _store_gelu(out, acc, row, column, PARTS: tl.constexpr):
+def _store_gelu(out, acc, row, column, PARTS: tl.constexpr, FINE: tl.constexpr):
     """In halves of the columns, down to PARTS: registers of the piece before are free when the next one is rounded."""
     if PARTS == 1:
-        out.store([row, column], _gelu(acc).to(out.dtype))
+        out.store([row, column], _gelu(acc, FINE).to(out.dtype))
     else:
-        ROWS: tl.constexpr = acc.shape[0]
-        HALF: tl.constexpr = acc.shape[1] // 2
-        low, high = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
-        _store_gelu(out, low, row, column, PARTS // 2)
-        _store_gelu(out, high, row, column + HALF, PARTS // 2)
+        low, high = halves(acc)
+        _store_gelu(out, low, row, column, PARTS // 2, FINE)
+        _store_gelu(out, high, row, column + high.shape[1], PARTS // 2, FINE)
 
 
 @triton.jit
 def _linear_gelu_kernel(
     x, w, out, L, M, D, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     l_tiles, m_tiles = tl.cdiv(L, BLOCK_L), tl.cdiv(M, BLOCK_M)
     for tile in tl.range(tl.program_id(0), l_tiles * m_tiles, tl.num_programs(0), flatten=FLATTEN):
-        first = tile // (GROUP * m_tiles) * GROUP
-        size = min(l_tiles - first, GROUP)
-        row = (first + tile % (GROUP * m_tiles) % size) * BLOCK_L
-        column = tile % (GROUP * m_tiles) // size * BLOCK_M
-        acc = tl.zeros((BLOCK_L, BLOCK_M), tl.float32)
-        for step in range(tl.cdiv(D, BLOCK_D)):
-            rows, features = x.load([row, step * BLOCK_D]), w.load([column, step * BLOCK_D])
-            acc = tl.dot(rows, features.T, acc, input_precision=PRECISION)
-        _store_gelu(out, acc, row, column, PARTS)
+        row, column = place(tile, l_tiles, m_tiles, BLOCK_L, BLOCK_M, GROUP)
+        acc = product(x, w, row, column, D, BLOCK_L, BLOCK_M, BLOCK_D, PRECISION)
+        _store_gelu(out, acc, row, column, PARTS, FINE)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The copy engine reads from multiples of 16 bytes only; a view may start elsewhere."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def linear_gelu(x: Tensor, w: Tensor, *, tiles: Tiles | None = None) -> Tensor:
-    """gelu(x @ w^T): x (L, D), w (M, D) -> (L, M)."""
+def linear_gelu(x: Tensor, w: Tensor, *, tiles: Tiles | None = None, fine: bool | None = None) -> Tensor:
+    """gelu(x @ w^T): x (L, D), w (M, D) -> (L, M). fine: which polynomial; None: the one that the dtype needs."""
     (L, D), M = x.shape, w.shape[0]
     out = x.new_empty(L, M)
     if out.numel() == 0 or D == 0:
         return out.zero_()
     full = x.dtype == torch.float32
     t = tiles or (FULL if full else HALF)
-    count = triton.cdiv(L, t.l) * triton.cdiv(M, t.m)
-    most = t.programs or (_multiprocessors(x.device) if x.is_cuda else 4)
-    operands = (
-        TensorDescriptor.from_tensor(_aligned(x), [t.l, t.d]),
-        TensorDescriptor.from_tensor(_aligned(w), [t.m, t.d]),
-        TensorDescriptor.from_tensor(out, [t.l, t.m // t.parts]),
-    )
+    operands = read(x, [t.l, t.d]), read(w, [t.m, t.d]), write(out, [t.l, t.m // t.parts])
     with on_device_of(x):
-        _linear_gelu_kernel[(min(count, most),)](
+        _linear_gelu_kernel[(programs(x, w, t),)](
             *operands, L, M, D, BLOCK_L=t.l, BLOCK_M=t.m, BLOCK_D=t.d, GROUP=t.group, PARTS=t.parts,
-            FLATTEN=t.flatten, PRECISION="ieee" if full else "tf32", num_warps=t.warps, num_stages=t.stages,
+            FLATTEN=t.flatten, PRECISION="ieee" if full else "tf32", FINE=full if fine is None else fine,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out
