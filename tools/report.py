@@ -6,7 +6,8 @@
 
 Results lie in bench/results/<gpu>/*.json. Each has `environment` (with `date`) and a `kind`, which says what else it has:
 denoiser (tools/bench_denoiser.py): any of `cases` (name -> `variants`, of whole calls), `waterfall`, `trace`, `accuracy`,
-`block`, `job`; vae: `cases` with the variants ours_encode, ours_decode, <peer>_encode, ...; pipeline: `clips`; embedded
+`block`, `job`; vae: `cases` with the variants ours_encode, ours_decode, <peer>_encode, ...; pipeline: `clips`; prompt_encoder
+(tools/measure_text_memory.py): `modes`; embedded
 (tools/evaluate_model.py): `embedded`, `goals`; kernels, also where there is no `kind`: `rows`. Other kinds are shown in no
 table. What is shown of a GPU is the newest result that has it. Standard library only.
 """
@@ -251,6 +252,25 @@ def clip(r: Results) -> str | None:
     return f"{table(head, rows)}\n\n{note(file, record)}"
 
 
+def prompt_encoder(r: Results) -> str | None:
+    """The published prompt encoder's memory, mode by mode; it never shares the GPU with the network."""
+    if (found := r.own("modes", "prompt_encoder")) is None:
+        return None
+    file, record, modes = found
+    rows = [
+        [
+            f"`{one['mode']}`",
+            num(one["peak_gib"], 1),
+            num(one["seconds_first"], 1),
+            num(one["seconds_again"], 1),
+        ]
+        for one in modes
+        if one["asked"] == one["mode"]
+    ]
+    head = [record["what"], "peak GiB", "first call, s", "again, s"]
+    return f"{table(head, rows)}\n\n{note(file, record)}"
+
+
 def embedded(r: Results) -> str | None:
     """The model inside the package on held-out clips: adherence beside its baselines and ceiling, then goals."""
     if (found := r.own("embedded", "embedded")) is None:
@@ -262,7 +282,7 @@ def embedded(r: Results) -> str | None:
 
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
-    "clip": clip, "embedded": embedded,
+    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded,
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
 
@@ -347,6 +367,10 @@ def figures(results: list[Results]) -> dict[str, Result]:
             stages = found[2][-1]["stages"].values()
             put("clip_s.exact", sum(stage["seconds"] for stage in stages), "s", found[0])
             put("clip_peak_gib.exact", max(s["peak_bytes"] or 0 for s in stages) / 2**30, "GiB", found[0])
+        if (found := r.own("modes", "prompt_encoder")) is not None:
+            for one in found[2]:
+                if one["asked"] == one["mode"]:
+                    put(f"prompt_encoder_peak_gib.{one['mode']}", one["peak_gib"], "GiB", found[0])
         if (found := r.own("embedded", "embedded")) is not None:
             for key, value, unit in report_embedded.figures(found[2]):
                 put(key, value, unit, found[0])
