@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops_attention8 as ops_attention8  # its ops too are in the table
 from .ops import EPS
-from .reference import empty_codes
+from .reference import packed
 from .schedule import base_schedule, unipc_coefficients
 
 Args = tuple[Any, ...]
@@ -92,19 +93,18 @@ def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     return *means, r.normal(N, K, dtype=torch.float32).abs() * 0.01 + 0.005
 
 
-def _qkv_codes(r: Random, L: int, N: int, K: int, rotate: int = 0, columns: int = 0) -> Args:
+def _qkv_codes(r: Random, L: int, N: int, K: int, rotate: int = 0, pack: int = 0) -> Args:
     qkv, q_gain, k_gain, cos, sin, eps = _qk_norm_rope(r, L, N, K)
     steps = torch.tensor([0.03, 0.06, 2e-4], device=r.device)
     tables = _channels(r, N, K)
-    return qkv, q_gain, k_gain, cos, sin, *tables, steps, bool(rotate), bool(columns), eps
+    return qkv, q_gain, k_gain, cos, sin, *tables, steps, bool(rotate), bool(pack), eps
 
 
-def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, columns: int = 0) -> Args:
+def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, pack: int = 0) -> Args:
     q, k, v = ((r.normal(n, N, K) * 30).to(torch.float8_e4m3fn) for n in (L, S, S))
-    if columns:
-        rows, v = v, empty_codes(r.normal(0), S, N, K, True)
-        v.copy_(rows)
-    return q, k, v, torch.full((1,), 1.5 * K**-0.5 / 900, device=r.device), r.dtype
+    _, v_mean, v_step = _channels(r, N, K)
+    score_step = torch.full((1,), 1.5 * K**-0.5 / 900, device=r.device)
+    return q, k, packed(v) if pack else v, score_step, v_step, v_mean, r.dtype
 
 
 def _values_restored(r: Random, L: int, N: int, K: int) -> Args:
@@ -219,14 +219,14 @@ CASES: dict[str, tuple[Case, ...]] = {
     "qkv_codes": _token_cases(_HEADS, _TINY, [
         _ODD_HEADS, _ONE_HEAD,
         Case("720p rotated", "production", "as the network does", {"L": _720P, **_HEADS, "rotate": 1}),
-        Case("720p columns", "production", "v transposed", {"L": _720P, **_HEADS, "rotate": 1, "columns": 1}),
+        Case("720p packed", "production", "v transposed", {"L": _720P, **_HEADS, "rotate": 1, "pack": 1}),
         Case("rotated", "small", "the published heads, tokens that do not fill a program", {"L": 6, **_HEADS, "rotate": 1}),
         Case("rotated pair", "odd", "few heads: a product needs 16 rows", {"L": 3, "N": 3, "K": 32, "rotate": 1}),
-        Case("columns", "odd", "v transposed, its last tile partly full", {"L": 131, **_TINY, "columns": 1}),
+        Case("packed", "odd", "v transposed, its last tile partly full", {"L": 131, **_TINY, "pack": 1}),
     ]),
     "attention_fp8": _token_cases({"S": _SLICE, **_HEADS}, {"S": 40, **_TINY}, [
         Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
-        Case("odd", "odd", "no tile is full, v transposed", {"L": 133, "S": 197, "N": 3, "K": 128, "columns": 1}),
+        Case("odd", "odd", "no tile is full, v transposed", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1}),
     ]),
     "values_restored": _token_cases(_HEADS, _TINY, [_ODD_HEADS]),
     "patchify": (

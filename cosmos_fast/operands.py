@@ -92,6 +92,53 @@ def check_linear_gelu(x: Tensor, w: Tensor) -> None:
     )
 
 
+def check_adaln_fp8(x, shift, scale, tokens_per_frame, token_offset, eps) -> None:  # type: ignore[no-untyped-def]
+    _check_rows("adaln_fp8", x, (shift, scale), tokens_per_frame, token_offset)
+
+
+def check_residual_adaln_fp8(  # type: ignore[no-untyped-def]
+    x, branch, gate, hints, weights, shift, scale, tokens_per_frame, token_offset, eps
+) -> None:
+    _check_rows("residual_adaln_fp8", x, (gate, shift, scale), tokens_per_frame, token_offset)
+    _check_residual("residual_adaln_fp8", x, branch, hints, weights)
+
+
+def check_quantise(x: Tensor) -> None:
+    fits = x.dim() == 2 and x.is_contiguous() and x.is_floating_point()
+    _check(fits, "quantise", "x must be contiguous (L, D) of a floating-point dtype", (tuple(x.shape), x.stride(), x.dtype))  # fmt: skip
+
+
+def _check_steps(op: str, steps: Tensor, rows: int) -> None:
+    fits = steps.shape == (rows,) and steps.dtype == torch.float32 and steps.is_contiguous()
+    _check(fits, op, f"steps must be contiguous ({rows},) float32", (tuple(steps.shape), steps.dtype))
+
+
+def check_gelu_fp8(x: Tensor, steps: Tensor) -> None:
+    _check(x.dim() == 2 and x.is_contiguous(), "gelu_fp8", "x must be contiguous (L, M)", (tuple(x.shape), x.stride()))  # fmt: skip
+    _check_steps("gelu_fp8", steps, x.shape[0])
+
+
+def _check_codes(op: str, a: Tensor, a_steps: Tensor, w: Tensor, w_steps: Tensor) -> None:
+    fits = a.dim() == w.dim() == 2 and a.shape[1] == w.shape[1]
+    kinds = a.dtype == w.dtype == torch.float8_e4m3fn and a.is_contiguous() and w.is_contiguous()
+    got = [(tuple(t.shape), t.stride(), t.dtype) for t in (a, w)]
+    _check(fits and kinds, op, "a must be (L, D) and w (M, D), contiguous float8_e4m3fn", got)
+    _check(w.shape[0] % 16 == 0 == w.shape[1] % 16, op, "D and M must be multiples of 16", tuple(w.shape))
+    _check_steps(op, a_steps, a.shape[0])
+    _check_steps(op, w_steps, w.shape[0])
+
+
+def check_linear_fp8(a, a_steps, w, w_steps, bias, out) -> None:  # type: ignore[no-untyped-def]
+    _check_codes("linear_fp8", a, a_steps, w, w_steps)
+    _check(bias is None or bias.shape == w.shape[:1], "linear_fp8", f"bias must be ({w.shape[0]},)", bias)
+    _check(out.is_floating_point, "linear_fp8", "the output dtype must be a floating-point one", out)
+
+
+def check_linear_gelu_fp8(a, a_steps, steps, w, w_steps) -> None:  # type: ignore[no-untyped-def]
+    _check_codes("linear_gelu_fp8", a, a_steps, w, w_steps)
+    _check_steps("linear_gelu_fp8", steps, a.shape[0])
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     fits = (
         q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:] and q.dtype == k.dtype == v.dtype
@@ -110,7 +157,7 @@ def check_qkv_moments(qkv, q_gain, k_gain, cos, sin, eps) -> None:  # type: igno
 
 
 def check_qkv_codes(  # type: ignore[no-untyped-def]
-    qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, v_columns, eps
+    qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps
 ) -> None:
     op, K = "qkv_codes", q_gain.shape[0]
     check_qk(qkv, q_gain, k_gain, cos, sin, eps, op)
@@ -126,18 +173,20 @@ def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
         _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
 
 
-def check_attention_fp8(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> None:
+def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out) -> None:  # type: ignore[no-untyped-def]
     op = "attention_fp8"
-    fits = q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]
+    packed = (*k.shape[1:], -(-k.shape[0] // 16) * 16)
+    fits = q.dim() == k.dim() == 3 and q.shape[1:] == k.shape[1:] and v.shape in (k.shape, packed)
     kinds = {x.dtype for x in (q, k, v)} == {torch.float8_e4m3fn}
     got = [(tuple(x.shape), x.dtype) for x in (q, k, v)]
-    _check(fits and kinds, op, "q must be (L, N, K), k and v (S, N, K), float8_e4m3fn", got)
+    rule = "q must be (L, N, K), k (S, N, K), v (S, N, K) or packed (N, K, S up to 16), all float8_e4m3fn"
+    _check(fits and kinds, op, rule, got)
     _check(k.shape[0] > 0, op, "there must be at least one key", k.shape[0])
-    _check(q.is_contiguous() and k.is_contiguous(), op, "q and k must be contiguous", (q.stride(), k.stride()))  # fmt: skip
-    rows, columns = v.is_contiguous(), v.stride(0) == 1 and v.stride(2) >= v.shape[0]
-    _check(rows or columns, op, "v must be contiguous, or the tokens of a channel lie in a row", v.stride())
+    for x in (q, k, v):
+        _check(x.is_contiguous(), op, "q, k and v must be contiguous", x.stride())
     fits = score_step.shape == (1,) and score_step.dtype == torch.float32
     _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
+    _check_channels(op, q.shape[1], q.shape[2], v_step, v_mean)
     _check(out.is_floating_point, op, "the output dtype must be a floating-point one", out)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as backends
-from . import attention8, convolution, operands, reference
+from . import convolution, operands
 from .dispatch import Candidate, define, native, triton
 from .formats import Rows
 
@@ -25,8 +25,8 @@ EPS = 1e-6
 # --- the table -------------------------------------------------------------------------------------
 
 HALF = (torch.bfloat16, torch.float16)
-E4M3 = (torch.float8_e4m3fn,)
-HOPPER, AMPERE_UP, ADA_UP = ((9, 0), (9, 0)), ((8, 0), (99, 0)), ((8, 9), (99, 0))
+HOPPER, AMPERE_UP = ((9, 0), (9, 0)), ((8, 0), (99, 0))
+FA3 = ("flash_attn_interface", "fa3_fwd_interface")
 
 
 def _cuda(name: str) -> Candidate:
@@ -38,10 +38,6 @@ def _compiled(name: str) -> Iterator[Candidate]:
     """The CUDA and the C++ implementation of an op of the adaln stem."""
     yield _cuda(name)
     yield native("cpp", f"{name}_cpu", "cpu", dtypes=(torch.float32, *HALF[:1]))
-
-
-def _fp32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
 
 
 _adaln = define(
@@ -101,44 +97,10 @@ _attention = define(
     "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
     operands.check_attention,
     lambda q, k, v: q.new_empty(q.shape),
-    Candidate("fa3", backends.load_fa3, "cuda", HOPPER, HALF, ("flash_attn_interface", "fa3_fwd_interface")),
+    Candidate("fa3", backends.load_fa3, "cuda", HOPPER, HALF, FA3),
     Candidate("fa2", backends.load_fa2, "cuda", AMPERE_UP, HALF, ("flash_attn",)),
     Candidate("cudnn", lambda: backends.cudnn, "cuda", AMPERE_UP, HALF),
     Candidate("sdpa", lambda: backends.sdpa),
-)
-_qkv_moments = define(
-    "qkv_moments(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    operands.check_qkv_moments,
-    lambda qkv, q_gain, *rest: (
-        *(_fp32(qkv, qkv.shape[1] // (3 * q_gain.shape[0]), q_gain.shape[0]) for _ in range(3)),
-        _fp32(qkv, 3),
-    ),
-    triton("qkv_codes", "qkv_moments"),
-)
-_qkv_codes = define(
-    "qkv_codes(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, Tensor v_step, "
-    "Tensor steps, bool rotate, bool v_columns, float eps) -> (Tensor, Tensor, Tensor)",
-    operands.check_qkv_codes,
-    lambda qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, v_columns, eps: tuple(
-        reference.empty_codes(qkv, qkv.shape[0], *k_mean.shape, part == "v" and v_columns) for part in "qkv"
-    ),
-    triton("qkv_codes", "qkv_codes", capability=ADA_UP),
-)
-_attention_fp8 = define(
-    "attention_fp8(Tensor q, Tensor k, Tensor v, Tensor score_step, ScalarType out) -> Tensor",
-    operands.check_attention_fp8,
-    lambda q, k, v, score_step, out: q.new_empty(q.shape, dtype=out),
-    Candidate(
-        "fa3", attention8.load_fa3, "cuda", HOPPER, E4M3, ("flash_attn_interface", "fa3_fwd_interface")
-    ),
-    Candidate("cudnn", attention8.load_cudnn, "cuda", ((9, 0), (99, 0)), E4M3, ("cudnn",)),
-    Candidate("emulated", lambda: attention8.emulated, dtypes=E4M3),
-)
-_values_restored = define(
-    "values_restored(Tensor x, Tensor v_step, Tensor v_mean) -> Tensor",
-    operands.check_values_restored,
-    lambda x, v_step, v_mean: x.new_empty(x.shape[0], x.shape[1] * x.shape[2]),
-    triton("qkv_codes", "values_restored"),
 )
 _patchify = define(
     "patchify(Tensor z, Tensor mask) -> Tensor",
@@ -263,56 +225,6 @@ def linear_gelu(x: Tensor, w: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v per head, no mask. Shapes: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
     return _attention(q, k, v)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Operands of `attention_fp8` and what turns its result back; x = step * code for q, k and, per channel, v.
-
-    Shapes: q, k, v (L, N, K) e4m3, k and v less their means; score_step (1,), v_step and v_mean (N, K), fp32.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    score_step: Tensor
-    v_step: Tensor
-    v_mean: Tensor
-
-
-def qkv_moments(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the codes of a packed projection share: k_mean, v_mean, v_step (N, K), steps (3,) of q, k and a score, fp32.
-
-    Shapes as in `qk_norm_rope`. Means are over the tokens given; k's is that of normed, rotated keys.
-    """
-    return _qkv_moments(qkv, q_gain, k_gain, cos, sin, EPS)
-
-
-def qkv_codes(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, *, rotate: bool = True,
-    v_columns: bool = False, moments: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> Codes:  # fmt: skip
-    """Norm and rotate q and k of the packed projection and quantise all three, each less what attention does not see.
-
-    Shapes as in `qk_norm_rope`. rotate: q and k also times a Hadamard matrix, which spreads an outlier over its head and
-    changes no score; K must be a power of two. v_columns: the tokens of a channel of v lie in a row. moments: what
-    `qkv_moments` says of all tokens, where these are not all.
-    """
-    k_mean, v_mean, v_step, steps = moments or qkv_moments(qkv, q_gain, k_gain, cos, sin)
-    codes = _qkv_codes(qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, v_columns, EPS)
-    return Codes(*codes, steps[2:], v_step, v_mean)
-
-
-def attention_fp8(codes: Codes, out: torch.dtype = torch.bfloat16) -> Tensor:
-    """Attention over codes, weights rounded to e4m3 too: (L, N*K) in `out`, steps and mean of v applied."""
-    return values_restored(_attention_fp8(codes.q, codes.k, codes.v, codes.score_step, out), codes)
-
-
-def values_restored(x: Tensor, codes: Codes) -> Tensor:
-    """What attention makes of codes of v, turned into what it makes of v: (L, N, K) -> (L, N*K)."""
-    return _values_restored(x, codes.v_step, codes.v_mean)
 
 
 def patchify(z: Tensor, mask: Tensor) -> Tensor:

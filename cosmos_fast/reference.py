@@ -20,8 +20,11 @@ ATTENTION_ROWS = 1024
 
 E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
 
-COLUMNS = 16
-"""Tokens of a channel of transposed codes are padded to a multiple of so many."""
+PACK = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+"""Packed values: the tokens of a channel lie in a row, in groups of 16; place i of a group holds its token PACK[i].
+
+So ordered, the registers that hold softmax weights after the first product on a tensor core are the operand of the second.
+"""
 
 
 def _per_token(rows_TD: Tensor, num_tokens: int, tokens_per_frame: int, token_offset: int) -> Tensor:
@@ -116,6 +119,54 @@ def linear_gelu(x: Tensor, w: Tensor) -> Tensor:
     return gelu(F.linear(x.float(), w.float()).to(x.dtype))
 
 
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (L, D) e4m3 and steps (L,) of rows: the norm of a row is 448 steps."""
+    steps = x.float().norm(dim=1).clamp_min(1e-20) / E4M3_MAX
+    return _codes(x.float(), steps[:, None]), steps
+
+
+def adaln_fp8(
+    x: Tensor, shift: Tensor, scale: Tensor, tokens_per_frame: int, token_offset: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`quantise` of `adaln` in fp32."""
+    return quantise(adaln(x, shift, scale, tokens_per_frame, token_offset, eps, torch.float32))
+
+
+def residual_adaln_fp8(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    hints: Sequence[Tensor],
+    hint_weights: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    tokens_per_frame: int,
+    token_offset: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`residual`, then `adaln_fp8` of its rounded sum."""
+    total = residual(x, branch, gate, hints, hint_weights, tokens_per_frame, token_offset)
+    return total, *adaln_fp8(total, shift, scale, tokens_per_frame, token_offset, eps)
+
+
+def gelu_fp8(x: Tensor, steps: Tensor) -> Tensor:
+    """Codes of `gelu` at given steps (L,)."""
+    return _codes(F.gelu(x.float()), steps[:, None])
+
+
+def linear_fp8(
+    a: Tensor, a_steps: Tensor, w: Tensor, w_steps: Tensor, bias: Tensor | None, out: torch.dtype
+) -> Tensor:
+    """(a * a_steps) (w * w_steps)^T + bias: codes (L, D), (M, D), steps (L,), (M,)."""
+    y = F.linear(a.float(), w.float()) * a_steps[:, None] * w_steps
+    return (y if bias is None else y + bias.float()).to(out)
+
+
+def linear_gelu_fp8(a: Tensor, a_steps: Tensor, steps: Tensor, w: Tensor, w_steps: Tensor) -> Tensor:
+    """`linear_fp8` in fp32, then `gelu_fp8`."""
+    return gelu_fp8(linear_fp8(a, a_steps, w, w_steps, None, torch.float32), steps)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for each head, no mask: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
     keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
@@ -152,28 +203,33 @@ def qkv_codes(
     v_step: Tensor,
     steps: Tensor,
     rotate: bool,
-    v_columns: bool,
+    pack: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of q, of k less its mean, both times a Hadamard matrix if `rotate`, and of v less its mean: (L, N, K) e4m3."""
+    """e4m3 (L, N, K) of q, of k less its mean, both times a Hadamard matrix if `rotate`, and of v less its mean, `packed` if so."""
     q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
     k = (k.float() - k_mean).to(qkv.dtype)
     if rotate:
         q, k = (x.float() @ hadamard(x.shape[-1]).to(x.float()) for x in (q, k))
-    v = empty_codes(qkv, *q.shape, v_columns)
-    v.copy_(_codes(qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float() - v_mean, v_step))
-    return _codes(q.float(), steps[0]), _codes(k.float(), steps[1]), v
+    v = _codes(qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float() - v_mean, v_step)
+    return _codes(q.float(), steps[0]), _codes(k.float(), steps[1]), packed(v) if pack else v
 
 
 def _codes(x: Tensor, step: Tensor) -> Tensor:
     return (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def empty_codes(like: Tensor, L: int, N: int, K: int, columns: bool = False) -> Tensor:
-    """Uninitialised codes (L, N, K); with `columns` the tokens of a channel lie in a row, padded to COLUMNS."""
-    if not columns:
-        return like.new_empty(L, N, K, dtype=E4M3)
-    return like.new_empty(N, K, -(-L // COLUMNS) * COLUMNS, dtype=E4M3).permute(2, 0, 1)[:L]
+def packed(v: Tensor) -> Tensor:
+    """(S, N, K) codes -> (N, K, S rounded up to 16) in the order of PACK, zeros after the last token."""
+    room = v.new_zeros(-(-v.shape[0] // 16) * 16, *v.shape[1:])
+    room[: v.shape[0]] = v
+    return room.unflatten(0, (-1, 16))[:, list(PACK)].flatten(0, 1).permute(1, 2, 0).contiguous()
+
+
+def unpacked(v: Tensor, S: int) -> Tensor:
+    """What `packed` packed."""
+    order = [PACK.index(token) for token in range(16)]
+    return v.permute(2, 0, 1).unflatten(0, (-1, 16))[:, order].flatten(0, 1)[:S].contiguous()
 
 
 def hadamard(K: int) -> Tensor:
@@ -184,19 +240,25 @@ def hadamard(K: int) -> Tensor:
     return H / K**0.5
 
 
-def attention_fp8(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
-    """softmax(q k^T * score_step) v of codes, the weights not rounded: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
-    keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype
+) -> Tensor:
+    """softmax(q k^T * score_step) (v * v_step + v_mean) of codes, weights not rounded: (L, N, K).
+
+    q (L, N, K), k (S, N, K); v (S, N, K), or `packed`.
+    """
+    rows = v if v.shape == k.shape else unpacked(v, k.shape[0])
+    keys, values = k.float().permute(1, 2, 0), (rows.float() * v_step + v_mean).transpose(0, 1)
     parts = [
-        torch.softmax(rows.float().transpose(0, 1) @ keys * score_step, dim=-1) @ values
-        for rows in q.split(ATTENTION_ROWS)
+        torch.softmax(part.float().transpose(0, 1) @ keys * score_step, dim=-1) @ values
+        for part in q.split(ATTENTION_ROWS)
     ]
     return torch.cat([part.transpose(0, 1).to(out) for part in parts])
 
 
 def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> Tensor:
-    """x * v_step + v_mean, heads joined: (L, N, K) -> (L, N*K)."""
-    return (x.float() * v_step + v_mean).to(x.dtype).flatten(1)
+    """x * v_step + v_mean: (L, N, K)."""
+    return (x.float() * v_step + v_mean).to(x.dtype)
 
 
 def patchify(z: Tensor, mask: Tensor) -> Tensor:

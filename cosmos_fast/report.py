@@ -12,6 +12,7 @@ import torch
 
 from . import _native, dispatch
 from . import ops as ops  # fills the table that `explain` reads
+from . import ops_attention8 as ops_attention8
 from .sidecar import environment
 from .video import CODECS
 

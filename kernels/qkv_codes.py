@@ -2,7 +2,7 @@
 
     qkv_moments      means of rotated k and of v over all tokens, the step of each channel of v, the steps of q and k
     qkv_codes        q, k: norm, rotary positions, rounded; k less its mean; a Hadamard rotation of both; codes = x / step
-                     v: codes = (v - v_mean) / v_step, rows as they are or each channel's tokens in a row
+                     v: codes = (v - v_mean) / v_step, as they are or packed for tensor cores
     values_restored  y = x * v_step + v_mean, what attention made of codes of v turned into what it makes of v
 
 Shapes: qkv (L, 3*N*K) contiguous; gains (K,); cos, sin (L, K/2) fp32; means and v_step (N, K) fp32; steps (3,) fp32: of
@@ -28,9 +28,6 @@ from cosmos_fast.kernels.norm_rope import normed_rotated
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-COLUMNS = 16
-"""Tokens per channel of transposed codes are padded to a multiple of so many bytes, as the copy engine demands."""
-
 # Tokens of one program and warps; not measured yet.
 MOMENTS = Config(128, 8)
 CODES = Config(1, 4)
@@ -171,20 +168,23 @@ def _qk_codes_kernel(
 
 @triton.jit
 def _v_codes_kernel(
-    qkv, v_mean, v_step, out, L, token_stride, head_stride, column_stride,
-    N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr,
+    qkv, v_mean, v_step, out, L, padded, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
     head, cols = tl.program_id(1), tl.arange(0, BLOCK_K)[None, :]
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    place = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    token = place
+    if PACK:  # of each 16 tokens, place 2 takes token 8, place 4 token 2, place 8 token 4
+        token = place - place % 16 + place % 2 + place // 2 % 2 * 8 + place // 4 % 2 * 2 + place // 8 % 2 * 4
     keep, at = (token < L) & (cols < K), head * K + cols
     x = tl.load(qkv + token * (3 * N * K) + 2 * N * K + at, keep, 0.0, eviction_policy="evict_first")
     mean, step = tl.load(v_mean + at, cols < K, 0.0), tl.load(v_step + at, cols < K, 1.0)
-    value = (x.to(tl.float32) - mean) / step
-    to = out + token * token_stride + head * head_stride + cols * column_stride
-    if TRANSPOSED:
-        _store_codes(tl.trans(to), tl.trans(value), tl.trans(keep))
+    value = tl.where(keep, (x.to(tl.float32) - mean) / step, 0.0)
+    if PACK:
+        to = out + at.to(tl.int64) * padded + place
+        _store_codes(tl.trans(to), tl.trans(value), tl.trans((place < padded) & (cols < K)))
     else:
-        _store_codes(to, value, keep)
+        _store_codes(out + token * (N * K) + at, value, keep)
 
 
 @triton.jit
@@ -230,23 +230,17 @@ def qkv_moments(
     return k_mean, v_mean, v_step, steps
 
 
-def empty_codes(like: Tensor, L: int, N: int, K: int, columns: bool = False) -> Tensor:
-    """Uninitialised codes (L, N, K); with `columns` the tokens of a channel lie in a row, padded to COLUMNS."""
-    if not columns:
-        return like.new_empty(L, N, K, dtype=E4M3)
-    padded = triton.cdiv(max(L, 1), COLUMNS) * COLUMNS
-    return like.new_empty(N, K, padded, dtype=E4M3).permute(2, 0, 1)[:L]
-
-
 def qkv_codes(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
-    v_step: Tensor, steps: Tensor, rotate: bool, v_columns: bool, eps: float, *,
+    v_step: Tensor, steps: Tensor, rotate: bool, pack: bool, eps: float, *,
     config: Config | None = None, v_config: Config = VALUES,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Codes of q, k and v, each (L, N, K) e4m3. config.block: tokens of one program."""
+    """e4m3 codes of q, k and v, (L, N, K), or v (N, K, L up to 16). config.block: tokens of one program."""
     L, N, K = _sizes(qkv, q_gain)
     cos, sin = _tables(cos, sin)
-    q, k, v = (empty_codes(qkv, L, N, K, part == "v" and v_columns) for part in "qkv")
+    padded = triton.cdiv(L, 16) * 16
+    rows, packed = (L, N, K), (N, K, padded)
+    q, k, v = (qkv.new_empty(shape, dtype=E4M3) for shape in (rows, rows, packed if pack else rows))
     if q.numel() == 0:
         return q, k, v
     config = config or (ROTATED if rotate else CODES)
@@ -260,16 +254,16 @@ def qkv_codes(
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", num_warps=config.warps,
         )  # fmt: skip
         _v_codes_kernel[(triton.cdiv(L, v_config.block), N)](
-            qkv, v_mean, v_step, v, L, *v.stride(), N=N, K=K, TOKENS=v_config.block,
-            BLOCK_K=triton.next_power_of_2(K), TRANSPOSED=v_columns, num_warps=v_config.warps,
+            qkv, v_mean, v_step, v, L, padded, N=N, K=K, TOKENS=v_config.block, BLOCK_K=triton.next_power_of_2(K),
+            PACK=pack, num_warps=v_config.warps,
         )  # fmt: skip
     return q, k, v
 
 
 def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor, *, config: Config = RESTORED) -> Tensor:
-    """x * v_step + v_mean: (L, N, K) -> (L, N*K). config.block: tokens of one program."""
+    """x * v_step + v_mean: (L, N, K). config.block: tokens of one program."""
     L, NK = x.shape[0], x.shape[1] * x.shape[2]
-    out = x.new_empty(L, NK)
+    out = torch.empty_like(x)
     if out.numel():
         with on_device_of(x):
             _restored_kernel[(triton.cdiv(L, config.block),)](

@@ -1,0 +1,132 @@
+"""Ops of 8-bit self-attention: e4m3 codes of q, k and v made from the packed projection, and attention over them.
+
+q and k come with one step each, known before their values are: normed heads have a length that their gains bound, and
+e4m3, being floating point, loses no digit by a step that is too large. v has a step for each channel. Means over the
+tokens leave k and v first, which no result sees (a softmax ignores what all keys share; its weights sum to 1) but the
+error of rounding does. Rows of `dispatch.TABLE` as in `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import attention8, operands, reference
+from .dispatch import Candidate, define, triton
+from .ops import EPS, FA3, HOPPER
+
+E4M3 = (torch.float8_e4m3fn,)
+ADA_UP, HOPPER_UP = ((8, 9), (99, 0)), ((9, 0), (99, 0))
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_codes(qkv: Tensor, N: int, K: int, pack: bool) -> tuple[Tensor, ...]:
+    rows, packed = (qkv.shape[0], N, K), (N, K, -(-qkv.shape[0] // 16) * 16)
+    return tuple(qkv.new_empty(shape, dtype=E4M3[0]) for shape in (rows, rows, packed if pack else rows))
+
+
+_qkv_moments = define(
+    "qkv_moments(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    operands.check_qkv_moments,
+    lambda qkv, q_gain, *rest: (
+        *(_fp32(qkv, qkv.shape[1] // (3 * q_gain.shape[0]), q_gain.shape[0]) for _ in range(3)),
+        _fp32(qkv, 3),
+    ),
+    triton("qkv_codes", "qkv_moments"),
+)
+_qkv_codes = define(
+    "qkv_codes(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, Tensor v_step, "
+    "Tensor steps, bool rotate, bool pack, float eps) -> (Tensor, Tensor, Tensor)",
+    operands.check_qkv_codes,
+    lambda qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps: _fake_codes(
+        qkv, *k_mean.shape, pack
+    ),
+    triton("qkv_codes", "qkv_codes", capability=ADA_UP),
+)
+_values_restored = define(
+    "values_restored(Tensor x, Tensor v_step, Tensor v_mean) -> Tensor",
+    operands.check_values_restored,
+    lambda x, v_step, v_mean: torch.empty_like(x),
+    triton("qkv_codes", "values_restored"),
+)
+
+
+def _over_codes(load: Callable[[], attention8.Attend8]) -> Callable[[], Callable[..., Tensor]]:
+    """A library's attention over plain codes, then the op above."""
+
+    def loaded() -> Callable[..., Tensor]:
+        attend = load()
+
+        def call(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
+            rows = v if v.shape == k.shape else reference.unpacked(v, k.shape[0])
+            return _values_restored(attend(q, k, rows, score_step, out), v_step, v_mean)
+
+        return call
+
+    return loaded
+
+
+_attention_fp8 = define(
+    "attention_fp8(Tensor q, Tensor k, Tensor v, Tensor score_step, Tensor v_step, Tensor v_mean, ScalarType out) -> Tensor",
+    operands.check_attention_fp8,
+    lambda q, k, v, score_step, v_step, v_mean, out: q.new_empty(q.shape, dtype=out),
+    Candidate("fa3", _over_codes(attention8.load_fa3), "cuda", HOPPER, E4M3, FA3),
+    Candidate("cudnn", _over_codes(attention8.load_cudnn), "cuda", HOPPER_UP, E4M3, ("cudnn",)),
+    Candidate("emulated", _over_codes(lambda: attention8.emulated), dtypes=E4M3),
+)
+
+# --- public functions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Operands of `attention_fp8`: e4m3 codes and their steps; a value is step * code, plus the mean for v.
+
+    Shapes: q, k, v (L, N, K), k and v less their means, or v packed (N, K, L up to 16); score_step (1,), v_step and
+    v_mean (N, K), fp32.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    score_step: Tensor
+    v_step: Tensor
+    v_mean: Tensor
+
+
+Moments = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def qkv_moments(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor) -> Moments:
+    """What the codes of a packed projection share: k_mean, v_mean, v_step (N, K), steps (3,) of q, k and a score, fp32.
+
+    Shapes as in `qk_norm_rope`. Means are over the tokens given; k's is that of normed, rotated keys.
+    """
+    return _qkv_moments(qkv, q_gain, k_gain, cos, sin, EPS)
+
+
+def qkv_codes(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, *, rotate: bool = True, pack: bool = False,
+    moments: Moments | None = None,
+) -> Codes:  # fmt: skip
+    """Norm and rotate q and k of the packed projection and quantise all three, each less what attention does not see.
+
+    Shapes as in `qk_norm_rope`. rotate: q and k also times a Hadamard matrix, which spreads an outlier over its head and
+    changes no score; K must be a power of two. pack: the tokens of a channel of v lie in a row, ordered for tensor
+    cores. moments: what `qkv_moments` says of all tokens, where these are not all.
+    """
+    k_mean, v_mean, v_step, steps = moments or qkv_moments(qkv, q_gain, k_gain, cos, sin)
+    q, k, v = _qkv_codes(qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, EPS)
+    return Codes(q, k, v, steps[2:], v_step, v_mean)
+
+
+def attention_fp8(codes: Codes, out: torch.dtype = torch.bfloat16) -> Tensor:
+    """softmax(q k^T * score_step) (v * v_step + v_mean), the weights rounded to e4m3 too: (L, N, K) in `out`."""
+    c = codes
+    return _attention_fp8(c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, out)
