@@ -10,7 +10,8 @@ q, of k, and of a score: the product of both over sqrt(K). Codes are e4m3.
 
 A softmax does not see what all keys share, and its weights sum to 1, so both means leave without an error and lower
 that of the codes. Steps of q and k need no pass over the tokens: a normed and rotated head is no longer than sqrt(K)
-times the largest gain, and e4m3, being a floating-point format, loses nothing by a step that is too large.
+times the largest gain, and e4m3, being a floating-point format, loses nothing by a step that is too large. All steps are
+powers of two: codes are then the values rounded to three bits behind the point, whatever the step.
 
 Bytes in bf16 at L 84480, N 16, K 128 and floor at 2.98 TB/s, the assumed copy of one H100:
     qkv_moments      k, v, cos, sin             0.74 GB   0.247 ms
@@ -41,6 +42,13 @@ def _store_codes(out, x, keep):
     """What is too large saturates; NaN stays NaN."""
     x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out, x.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def _power_of_two(x):
+    """The next one above x >= 0, 1 for 0; NaN for what is not finite."""
+    above = (((x.to(tl.int32, bitcast=True) >> 23) + 1) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x == 0, 1.0, tl.where(x < float("inf"), above, float("nan")))
 
 
 @triton.jit
@@ -104,14 +112,12 @@ def _moments_finish_kernel(
     peak = tl.maximum(tl.max(most, 0, keep_dims=True) - mean, mean - tl.min(least, 0, keep_dims=True))
     tl.store(k_mean + to, tl.sum(keys, 0, keep_dims=True) / count, keep)
     tl.store(v_mean + to, mean, keep)
-    # A channel that never changes has nothing to code; a NaN must not be taken for one.
-    tl.store(v_step + to, tl.where((peak <= 0) | (L == 0), 1.0, peak / 448.0), keep)
+    tl.store(v_step + to, _power_of_two(tl.where(L > 0, peak, 0.0) / 448.0), keep)
     if tl.program_id(0) == 0:
         at = tl.arange(0, BLOCK_K)
         q_most = tl.max(tl.abs(tl.load(q_gain + at, at < K, 0.0).to(tl.float32)), 0)
         k_most = tl.max(tl.abs(tl.load(k_gain + at, at < K, 0.0).to(tl.float32)), 0)
-        q_unit, k_unit = q_most * root / 448.0, 2 * k_most * root / 448.0
-        q_unit, k_unit = tl.where(q_unit == 0, 1.0, q_unit), tl.where(k_unit == 0, 1.0, k_unit)
+        q_unit, k_unit = _power_of_two(q_most * root / 448.0), _power_of_two(2 * k_most * root / 448.0)
         tl.store(steps, q_unit)
         tl.store(steps + 1, k_unit)
         tl.store(steps + 2, q_unit * k_unit / root)
