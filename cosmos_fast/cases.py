@@ -138,6 +138,7 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "qk_norm_rope": _qk_norm_rope, "patchify": _patchify, "unpatchify": _unpatchify,
     "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
     "linear_gelu": lambda r, L, D, M: (r.normal(L, D), r.normal(M, D) * (2 * D**-0.5)),
+    "linear_head_norm": lambda r, L, D, N, K: (r.normal(L, D), r.normal(N * K, D) * D**-0.5, r.normal(K), EPS),
     "attention": lambda r, L, S, N, K: (r.normal(L, N, K), r.normal(S, N, K), r.normal(S, N, K)),
     "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
     "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
@@ -208,6 +209,10 @@ CASES: dict[str, tuple[Case, ...]] = {
     "linear_gelu": _token_cases({"D": 2048, "M": 8192}, {"D": 64, "M": 256}, [
         Case("tails", "odd", "every edge: rows, features and depth end inside a tile", {"L": 133, "D": 72, "M": 264}),
         Case("narrow", "odd", "one step, 8 features", {"L": 3, "D": 8, "M": 8}),
+    ]),
+    "linear_head_norm": _token_cases({"D": 2048, **_HEADS}, {"D": 64, **_TINY}, [
+        Case("published head", "small", "the published heads", {"L": 3, "D": 64, "N": 3, "K": 128}),
+        Case("tails", "odd", "every edge: rows, heads and depth end inside a tile", {"L": 133, "D": 72, "N": 5, "K": 16}),
     ]),
     "attention": _token_cases({"S": 512, **_HEADS}, {"S": 9, **_TINY}, [
         Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),

@@ -93,6 +93,21 @@ _linear_gelu = define(
     triton("linear_gelu", "linear_gelu", HALF, HOPPER),
     Candidate("composed", lambda: _linear_then_gelu),
 )
+
+
+def _linear_then_norm(x: Tensor, w: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """The vendor's GEMM, rounded, then the op above."""
+    return _head_norm(F.linear(x, w), gain, eps)
+
+
+_linear_head_norm = define(
+    "linear_head_norm(Tensor x, Tensor w, Tensor gain, float eps) -> Tensor",
+    operands.check_linear_head_norm,
+    lambda x, w, gain, eps: x.new_empty(x.shape[0], w.shape[0] // gain.shape[0], gain.shape[0]),
+    # Composed first until the fused kernel has been measured.
+    Candidate("composed", lambda: _linear_then_norm),
+    triton("linear_heads", "linear_head_norm", HALF, HOPPER),
+)
 _attention = define(
     "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
     operands.check_attention,
@@ -220,6 +235,14 @@ def gelu(x: Tensor) -> Tensor:
 def linear_gelu(x: Tensor, w: Tensor) -> Tensor:
     """gelu(x @ w^T), exact erf form: x (L, D), w (M, D) -> (L, M). D and M multiples of 8; products in fp32."""
     return _linear_gelu(x, w)
+
+
+def linear_head_norm(x: Tensor, w: Tensor, gain: Tensor) -> Tensor:
+    """RMS norm over each head's K features of x @ w^T, times gain (K,): x (L, D), w (N*K, D) -> (L, N, K). eps 1e-6.
+
+    D a multiple of 8, K a power of two from 16; products in fp32.
+    """
+    return _linear_head_norm(x, w, gain, EPS)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

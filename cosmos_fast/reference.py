@@ -167,6 +167,11 @@ def linear_gelu_fp8(a: Tensor, a_steps: Tensor, steps: Tensor, w: Tensor, w_step
     return gelu_fp8(linear_fp8(a, a_steps, w, w_steps, None, torch.float32), steps)
 
 
+def linear_head_norm(x: Tensor, w: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head of x @ w^T, the product rounded first, as the published network does it in two modules."""
+    return head_norm(F.linear(x.float(), w.float()).to(x.dtype), gain, eps)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v for each head, no mask: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
     keys, values = k.float().permute(1, 2, 0), v.float().transpose(0, 1)

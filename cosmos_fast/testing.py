@@ -159,6 +159,7 @@ _ROWS = {
     "qk_norm_rope": 1,
     "gelu": 1,
     "linear_gelu": 1,
+    "linear_head_norm": 1,
     "attention": 1,
     "attention_fp8": 1,
     "values_restored": 1,
