@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops_attention8 as ops_attention8  # its ops too are in the table
+from . import ops_linear8 as ops_linear8
 from .ops import EPS
 from .reference import packed
 from .schedule import base_schedule, unipc_coefficients
@@ -75,6 +76,23 @@ def _residual_adaln(
     x, branch, gate, held, weights, *rows = _residual(r, L, D, R, offset, **hints)
     shift, scale = _tables(r, 2, R, D)
     return x, branch, gate, held, weights, shift, scale, *rows, EPS, torch.float32 if fp32_out else r.dtype
+
+
+def _rows_fp8(r: Random, L: int, D: int) -> tuple[Tensor, Tensor]:
+    """Codes of rows with the norm that their steps stand for, and steps of several sizes."""
+    codes = r.normal(L, D, dtype=torch.float32) * (448 * D**-0.5)
+    steps = 0.01 * (1 + r.normal(L, dtype=torch.float32).abs())
+    return codes.clamp(-448, 448).to(torch.float8_e4m3fn), steps
+
+
+def _linear_fp8(r: Random, L: int, D: int, M: int, bias: int = 0) -> Args:
+    return *_rows_fp8(r, L, D), *_rows_fp8(r, M, D), r.normal(M) * 100 if bias else None, r.dtype
+
+
+def _linear_gelu_fp8(r: Random, L: int, D: int, M: int) -> Args:
+    a, a_steps, w, w_steps, *_ = _linear_fp8(r, L, D, M)
+    w_steps = w_steps * (0.05 * D**-0.5 * r.normal(1, dtype=torch.float32).abs().add(1))
+    return a, a_steps, a_steps * (480 * w_steps.amax()), w, w_steps
 
 
 def _head_norm(r: Random, L: int, N: int, K: int, packed: int = 1) -> Args:
@@ -140,6 +158,11 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "linear_gelu": lambda r, L, D, M: (r.normal(L, D), r.normal(M, D) * (2 * D**-0.5)),
     "linear_head_norm": lambda r, L, D, N, K: (r.normal(L, D), r.normal(N * K, D) * D**-0.5, r.normal(K), EPS),
     "attention": lambda r, L, S, N, K: (r.normal(L, N, K), r.normal(S, N, K), r.normal(S, N, K)),
+    "quantise": lambda r, L, D: (r.normal(L, D) * (r.normal(L, 1).abs() + 0.1),),
+    "adaln_fp8": lambda r, **sizes: _adaln(r, **sizes)[:-1],
+    "residual_adaln_fp8": lambda r, **sizes: _residual_adaln(r, **sizes)[:-1],
+    "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
+    "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
     "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
     "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
     "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
@@ -209,6 +232,25 @@ CASES: dict[str, tuple[Case, ...]] = {
     "linear_gelu": _token_cases({"D": 2048, "M": 8192}, {"D": 64, "M": 256}, [
         Case("tails", "odd", "every edge: rows, features and depth end inside a tile", {"L": 133, "D": 72, "M": 264}),
         Case("narrow", "odd", "one step, 8 features", {"L": 3, "D": 8, "M": 8}),
+    ]),
+    "linear_head_norm": _token_cases({"D": 2048, **_HEADS}, {"D": 64, **_TINY}, [
+        Case("published head", "small", "the published heads", {"L": 3, "D": 64, "N": 3, "K": 128}),
+        Case("tails", "odd", "every edge: rows, heads and depth end inside a tile", {"L": 133, "D": 72, "N": 5, "K": 16}),
+    ]),
+    "quantise": _token_cases({"D": 2048}, {"D": 128}, [
+        Case("720p mlp", "production", "the hidden layer's width", {"L": _720P, "D": 8192}),
+        Case("width 96", "odd", "D is no power of two", {"L": 7, "D": 96}),
+    ]),
+    "adaln_fp8": _row_cases(hints=False), "residual_adaln_fp8": _row_cases(hints=True),
+    "gelu_fp8": _token_cases({"M": 8192}, {"M": 256}, [Case("tail", "odd", "M is no power of two", {"L": 3, "M": 4176})]),
+    "linear_fp8": _token_cases({"D": 2048, "M": 2048}, {"D": 64, "M": 96}, [
+        Case("720p qkv", "production", "packed projection", {"L": _720P, "D": 2048, "M": 6144}),
+        Case("720p fc2", "production", "the longest sums", {"L": _720P, "D": 8192, "M": 2048}),
+        Case("bias", "odd", "image attention folded into a bias", {"L": 17, "D": 32, "M": 48, "bias": 1}),
+    ]),
+    "linear_gelu_fp8": _token_cases({"D": 2048, "M": 8192}, {"D": 64, "M": 256}, [
+        Case("tails", "odd", "every edge: rows, features and depth end inside a tile", {"L": 133, "D": 144, "M": 272}),
+        Case("narrow", "odd", "one step, 16 features", {"L": 3, "D": 16, "M": 16}),
     ]),
     "linear_head_norm": _token_cases({"D": 2048, **_HEADS}, {"D": 64, **_TINY}, [
         Case("published head", "small", "the published heads", {"L": 3, "D": 64, "N": 3, "K": 128}),

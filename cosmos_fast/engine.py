@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import controls, models, ops, sampler
+from . import controls, models, ops, quant, sampler
 from .chunking import (
     Chunk,
     conditional_latents,
@@ -336,8 +336,7 @@ class Engine:
         loaded = models.network_state(source, self.dtype, self.device)
         with torch.device("meta"):
             network = Network(loaded.config, self._attention(), self.mesh.context)
-        network.load_state_dict(loaded.state, strict=True, assign=True)
-        return network.eval().requires_grad_(False), loaded.notes
+        return quant.loaded(network, loaded.state, self.recipe.linear), loaded.notes
 
     def _attention(self) -> SelfAttention:
         return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)

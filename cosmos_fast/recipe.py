@@ -12,10 +12,14 @@ from typing import Any
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "dtype": ("bf16", "fp32"),
-    "linear": ("bf16",),
+    "linear": ("bf16", "fp8", "fp8_te"),
     "attention": ("bf16",),
 }
-_PRESETS: dict[str, dict[str, str]] = {"exact": {"dtype": "bf16"}, "fp32": {"dtype": "fp32"}}
+_PRESETS: dict[str, dict[str, str]] = {
+    "exact": {"dtype": "bf16"},
+    "fp32": {"dtype": "fp32"},
+    "fp8": {"dtype": "bf16", "linear": "fp8"},
+}
 
 
 def _one_line(record: Any) -> str:
@@ -28,8 +32,9 @@ class Recipe:
     """Precision policy of one engine.
 
     dtype: arithmetic of weights and activations, "bf16" (as the models were published) or "fp32".
-    linear, attention: format of those two kinds of op; "bf16" means "in `dtype`, not quantised" and is
-    the only value now. Raises ValueError for any other value.
+    linear: the linear layers of the blocks, "bf16" for "in `dtype`, not quantised", "fp8", or "fp8_te" for those of
+    Transformer Engine; 8 bits need dtype "bf16". attention: self-attention, "bf16" alone now. Raises ValueError for any
+    other value.
     """
 
     name: str = "exact"
@@ -43,8 +48,9 @@ class Recipe:
         for key, allowed in _ALLOWED.items():
             value = getattr(self, key)
             if value not in allowed:
-                hint = " 8-bit formats are reserved and not available yet." if "8" in str(value) else ""
-                raise ValueError(f"recipe: {key} must be one of {', '.join(allowed)}, got {value!r}.{hint}")
+                raise ValueError(f"recipe: {key} must be one of {', '.join(allowed)}, got {value!r}.")
+        if self.linear != "bf16" and self.dtype != "bf16":
+            raise ValueError(f"recipe: linear must be bf16 where dtype is {self.dtype}, got {self.linear!r}.")
 
     __repr__ = __str__ = _one_line
 
@@ -57,6 +63,11 @@ class Recipe:
     def fp32(cls) -> Recipe:
         """fp32 everywhere: twice the memory, for checks on a CPU."""
         return cls.preset("fp32")
+
+    @classmethod
+    def fp8(cls) -> Recipe:
+        """bf16 with the linear layers of the blocks in 8 bits."""
+        return cls.preset("fp8")
 
     @classmethod
     def preset(cls, name: str) -> Recipe:

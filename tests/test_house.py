@@ -26,7 +26,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     ),
     1: ("attention attention8 convolution kernels", "reference _native"),
     2: ("ops", "dispatch operands"),
-    3: ("quant parallel", "self_attention self_attention8 ops_attention8 linears"),
+    3: ("quant parallel", "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8"),
     4: (
         "network vae text text_cache depth segmentation tiny_style style guardrails",
         "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",

@@ -1,0 +1,88 @@
+"""Linear layers of Transformer Engine: fp8 with one scale per tensor. A peer of the 8-bit layers of `quant`.
+
+It quantises its input itself, one pass to find the scale and one to apply it (current scaling), and stores its weights
+as fp8. Imported only where a recipe asks for it; the package is not a dependency. TE 2, `pip install
+transformer-engine[pytorch]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .formats import EnvironmentProblem
+from .fp8_weights import is_computed
+from .linears import LinearGelu
+
+MULTIPLE = 16
+"""Rows and features that TE multiplies in fp8 come in multiples of so many."""
+
+
+def engine(device: torch.device) -> Any:
+    """The package's torch part. EnvironmentProblem where it is absent, broken, or of no use on this device."""
+    if device.type != "cuda":
+        raise EnvironmentProblem(f"linear=fp8_te: needs a CUDA device, got {device}. Use the recipe fp8.")
+    try:
+        te = import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        raise EnvironmentProblem(
+            f"linear=fp8_te: needs the package transformer_engine, got {type(error).__name__}: {error}. "
+            "Install transformer-engine[pytorch] for this torch and CUDA, or use the recipe fp8."
+        ) from None
+    able, why = import_module("transformer_engine.pytorch.quantization" if hasattr(te, "autocast") else
+                              "transformer_engine.pytorch.fp8").check_fp8_support()  # fmt: skip
+    if not able:
+        raise EnvironmentProblem(f"linear=fp8_te: needs a GPU with fp8, got {why}. Use the recipe exact.")
+    return te
+
+
+class TeLinear(nn.Module):
+    """y = x W^T + b, both operands quantised by Transformer Engine, which keeps W as fp8."""
+
+    normed = staticmethod(ops.residual_adaln)
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        w = linear.weight
+        te = engine(w.device)
+        self._recipe = import_module("transformer_engine.common.recipe").Float8CurrentScaling()
+        self._autocast = getattr(te, "autocast", te.fp8_autocast)
+        self._key = "recipe" if hasattr(te, "autocast") else "fp8_recipe"
+        stored = getattr(te, "quantized_model_init", te.fp8_model_init)
+        with stored(enabled=True, recipe=self._recipe):
+            self.inner = te.Linear(w.shape[1], w.shape[0], bias=False, params_dtype=w.dtype, device=w.device)
+        with torch.no_grad():
+            self.inner.weight.copy_(w)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (L, in) -> (L, out); a bias that is given takes the place of the layer's own."""
+        rows = -x.shape[0] % MULTIPLE
+        with self._autocast(enabled=True, **{self._key: self._recipe}):
+            y: Tensor = self.inner(nn.functional.pad(x, (0, 0, 0, rows)) if rows else x)[: x.shape[0]]
+        bias = self.bias if bias is None else bias
+        return y if bias is None else y + bias
+
+
+class TeLinearGelu(TeLinear):
+    """gelu(x W^T) in the dtype of x."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.gelu(super().forward(x, bias))
+
+
+def layers(device: torch.device) -> Callable[[str, nn.Linear], nn.Module | None]:
+    """What takes the place of a linear layer of that name, None for those that stay. Raises EnvironmentProblem."""
+    engine(device)
+
+    def make(name: str, linear: nn.Linear) -> nn.Module | None:
+        if not is_computed(name):
+            return None
+        return TeLinearGelu(linear) if isinstance(linear, LinearGelu) else TeLinear(linear)
+
+    return make
