@@ -46,7 +46,7 @@ def bench_kernel(
     seeds = count()
     make = partial(testing.inputs, op, case, device, torch.bfloat16)
     args = make()
-    flop = 2 * args[0].numel() * args[1].shape[0] if op == "linear_gelu" else 0
+    flop = 2 * args[0].numel() * args[1].shape[0] if op in ("linear_gelu", "linear_head_norm") else 0
     work = roofline.Work(testing.nbytes(op, args, testing.eager(op, args)), flop)
     calls = candidates(op, device, args[0].dtype)
     rows = versus(op, case.name, calls, lambda: make(seed=next(seeds)), work)

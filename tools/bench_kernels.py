@@ -44,8 +44,10 @@ FREE_BLOCK = {"gelu", "guided_unipc", "pixels", "normalized"}
 FP32 = {"unpatchify", "guided_unipc"}
 """Ops that the network runs on fp32 tensors; all others run in bf16."""
 
-FLOP: dict[str, Callable[..., int]] = {"linear_gelu": lambda x, w: 2 * x.shape[0] * x.shape[1] * w.shape[0]}
-"""Ops bound by arithmetic: how much of it they need, GELU left out."""
+FLOP: dict[str, Callable[..., int]] = dict.fromkeys(
+    ("linear_gelu", "linear_head_norm"), lambda x, w, *_: 2 * x.shape[0] * x.shape[1] * w.shape[0]
+)
+"""Ops bound by arithmetic: how much of it they need, GELU and norms left out."""
 
 GEMM = 8192
 
@@ -342,7 +344,7 @@ def main() -> int:
         )
         if options.sweep:
             for op in ops:
-                if op not in FLOP:  # tools/tune_linear_gelu.py compares tiles, under sustained load
+                if op not in FLOP:  # tools/tune_exact.py compares tiles, under sustained load
                     sweep(run, op, group, kinds[op])
         since = time.perf_counter()
         for op in ops:

@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 # of the same parts as GEMMs and say so in their names.
 CLASSES = (
     ("pointwise", r"^triton_(poi|red|per|for)_"),
-    # Its GELU is part of the product; the two cannot be told apart.
-    ("gemm", r"^_linear_gelu_kernel"),
+    # What follows the product, GELU or a norm, is part of it; the two cannot be told apart.
+    ("gemm", r"^_linear_\w+_kernel"),
     ("attention", r"flash|fmha|sdpa|attention|attn"),
     ("gemm", r"gemm|nvjet|cutlass|cublas|xmma|splitk|gemv|triton_tem|(?<![a-z])mm(?![a-z])|_mma_|wgmma|::linear$|matmul|einsum"),
     ("copy", r"^mem(cpy|set)|aten::(copy_|clone|contiguous|cat)$"),
