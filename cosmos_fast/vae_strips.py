@@ -51,28 +51,39 @@ def _run(blocks: list[nn.Module], x: Tensor, path: Path, last: Rows, stream: Str
     return cut(x, have, last)
 
 
-@torch.no_grad()
 def encode(vae: VAE, read: Source, shape: tuple[int, int, int], window: int | None, count: int) -> Tensor:
     """`vae.encode` of a clip that `read` gives in pieces, in `count` strips. shape: its frames, height and width."""
     frames, height, _ = shape
-    h, z = height // vae.config.spatial, vae.config.latent_channels
-    encoder, number = vae.encoder, len(strip_blocks(vae.config)[0])
-    blocks = [*encoder.downsamples, *encoder.middle]
-    bounds = windows(frames, window)
-    found: list[list[Tensor]] = [[] for _ in bounds]
-    for strip in strips(h, count):
-        path, stream = encode_path(strip, h, vae.config), Stream(keep=len(bounds) > 1)
-        for parts, (start, stop) in zip(found, bounds, strict=True):
-            x = read(start, stop, *path.first).to(encoder.conv1.weight)
-            x = encoder.conv1(stream.extend(encoder.conv1, x))
-            parts.append(_run(blocks[:number], x, path, path.result, stream))
-            stream.first = False
+    h = height // vae.config.spatial
+    found = [encode_strip(vae, read, frames, window, strip, h) for strip in strips(h, count)]
+    return encode_rest(vae, found)
+
+
+@torch.no_grad()
+def encode_strip(
+    vae: VAE, read: Source, frames: int, window: int | None, strip: Rows, h: int
+) -> list[Tensor]:
+    """One of the strips of h latent rows, as far as strips go: (B, C, t, rows, w) of every window."""
+    number = len(strip_blocks(vae.config)[0])
+    bounds, found = windows(frames, window), []
+    path, stream = encode_path(strip, h, vae.config), Stream(keep=len(bounds) > 1)
+    for start, stop in bounds:
+        x = read(start, stop, *path.first).to(vae.encoder.conv1.weight)
+        x = vae.encoder.conv1(stream.extend(vae.encoder.conv1, x))
+        found.append(_run([*vae.encoder.downsamples][:number], x, path, path.result, stream))
+        stream.first = False
+    return found
+
+
+@torch.no_grad()
+def encode_rest(vae: VAE, found: list[list[Tensor]]) -> Tensor:
+    """Latents from what `encode_strip` gave for every strip, from the top; the lists are emptied on the way."""
+    encoder, z, number = vae.encoder, vae.config.latent_channels, len(strip_blocks(vae.config)[0])
     mean, gain = latent_statistics(vae.config, vae.conv1.weight)
-    stream, latents = Stream(keep=len(bounds) > 1), []
-    for index, parts in enumerate(found):
-        x = torch.cat(parts, dim=3)
-        found[index] = []
-        for block in blocks[number:]:
+    stream, latents = Stream(keep=len(found[0]) > 1), []
+    while found[0]:
+        x = torch.cat([strip.pop(0) for strip in found], dim=3)
+        for block in [*encoder.downsamples, *encoder.middle][number:]:
             x = block(x, stream)
         x = norm_conv(encoder.head, "0", "2", x, stream)
         stream.first = False
@@ -80,31 +91,39 @@ def encode(vae: VAE, read: Source, shape: tuple[int, int, int], window: int | No
     return torch.cat(latents, dim=2)
 
 
-@torch.no_grad()
 def decode(vae: VAE, z_BCTHW: Tensor, window: int | None, count: int) -> Iterator[Tile]:
     """The frames of `vae.decode` in `count` strips: all frames of a strip, then those of the strip below it."""
-    h, stride = z_BCTHW.shape[3], vae.config.stride
+    h, features = z_BCTHW.shape[3], decode_start(vae, z_BCTHW, window)
+    for strip in strips(h, count):
+        yield from decode_strip(vae, features, strip, h)
+
+
+@torch.no_grad()
+def decode_start(vae: VAE, z_BCTHW: Tensor, window: int | None) -> list[Tensor]:
+    """What runs on the whole picture before the strips: (B, C, t, h, w) of every window."""
     decoder, number = vae.decoder, len(strip_blocks(vae.config)[1])
-    blocks = [*decoder.middle, *decoder.upsamples]
     bounds = windows(z_BCTHW.shape[2], window)
     mean, gain = latent_statistics(vae.config, vae.conv2.weight)
     stream, features = Stream(keep=len(bounds) > 1), []
     for start, stop in bounds:
         x = vae.conv2(z_BCTHW[:, :, start:stop].to(vae.conv2.weight) / gain + mean)
         x = decoder.conv1(stream.extend(decoder.conv1, x))
-        for block in blocks[:-number]:
+        for block in [*decoder.middle, *decoder.upsamples][:-number]:
             x = block(x, stream)
         stream.first = False
         features.append(x)
-    del x, stream
-    for strip in strips(h, count):
-        path, stream = decode_path(strip, h, vae.config), Stream(keep=len(bounds) > 1)
-        for (start, _), feature in zip(bounds, features, strict=True):
-            x = cut(feature, Rows(0, h), path.first)
-            x = _run(blocks[-number:], x, path, path.last, stream)
-            x = norm_conv(decoder.head, "0", "2", x, stream)
-            stream.first = False
-            at = path.result.start - path.last.start
-            yield Tile(
-                max(0, 1 + stride * (start - 1)), path.result.start, x[:, :, :, at : at + path.result.count]
-            )
+    return features
+
+
+@torch.no_grad()
+def decode_strip(vae: VAE, features: list[Tensor], strip: Rows, h: int) -> Iterator[Tile]:
+    """All frames of one of the strips of h latent rows, window by window."""
+    blocks = [*vae.decoder.upsamples][-len(strip_blocks(vae.config)[1]) :]
+    path, stream, frame = decode_path(strip, h, vae.config), Stream(keep=len(features) > 1), 0
+    at = path.result.start - path.last.start
+    for feature in features:
+        x = _run(blocks, cut(feature, Rows(0, h), path.first), path, path.last, stream)
+        x = norm_conv(vae.decoder.head, "0", "2", x, stream)
+        stream.first = False
+        yield Tile(frame, path.result.start, x[:, :, :, at : at + path.result.count])
+        frame += x.shape[2]
