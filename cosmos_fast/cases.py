@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops_attention8 as ops_attention8  # its ops too are in the table
 from . import ops_linear8 as ops_linear8
+from . import ops_vae as ops_vae
 from .ops import EPS
 from .reference import packed
 from .schedule import base_schedule, unipc_coefficients
@@ -147,8 +148,29 @@ def _guided_unipc(r: Random, T: int, H: int, W: int, step: int = 5, alone: int =
     return x, r.normal(*shape), uncond, m1, m2, last, 3.0, coefficients
 
 
-def _conv3d(r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1) -> Args:  # noqa: E741
-    return r.normal(B, C, F + 2, H, W), r.normal(O, C, 3, 3, 3) * (27 * C) ** -0.5, r.normal(O)
+def _conv3d(
+    r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1, t: int = 3, s: int = 3, stride: int = 1,
+    added: int = 0, last: int = 0,
+) -> Args:  # noqa: E741  # fmt: skip
+    """t x s x s taps; F, H and W of the result, without its stride. added: with a residual. last: channels last."""
+    x, weight = r.normal(B, C, F + t - 1, H + s - 1, W + s - 1), r.normal(O, C, t, s, s) * (t * s * s * C) ** -0.5
+    residual = r.normal(B, O, (F - 1) // stride + 1, H, W) if added else None
+    if last:
+        x, weight = (part.contiguous(memory_format=torch.channels_last_3d) for part in (x, weight))
+    return x, weight, r.normal(O), residual, stride
+
+
+def _conv2d(r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1, last: int = 0) -> Args:  # noqa: E741
+    x = r.normal(B, C, F, H, W)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+    return x, r.normal(O, C, 3, 3) * (9 * C) ** -0.5, r.normal(O)
+
+
+def _norm_silu(r: Random, C: int, F: int, H: int, W: int, B: int = 1, alone: int = 0, last: int = 0) -> Args:
+    x, past, keep = r.normal(B, C, F, H, W), r.normal(B, C, 2, H, W), torch.zeros_like(r.normal(B, C, 2, H, W))
+    if last:
+        x, past, keep = (part.contiguous(memory_format=torch.channels_last_3d) for part in (x, past, keep))
+    return x, r.normal(C, 1, 1, 1), *((None, None) if alone else (past, keep))
 
 
 MAKERS: dict[str, Callable[..., Args]] = {
@@ -164,7 +186,8 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
     "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
     "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
-    "conv3d": _conv3d, "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
+    "conv3d": _conv3d, "conv_half": _conv2d, "conv_double": _conv2d, "norm_silu": _norm_silu,
+    "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
     "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
 }  # fmt: skip
 
@@ -214,6 +237,7 @@ _ODD_HEADS = Case("3 heads of 96", "odd", "nothing is a power of two", {"L": 5, 
 _ONE_HEAD = Case("published head", "small", "the published heads", {"L": 3, **_HEADS})
 _LATENT = {"T": 24, "H": 88, "W": 160}
 _PICTURE = {"F": 93, "H": 704, "W": 1280}
+_WIDE = {"C": 96, "F": 4, "H": 704, "W": 1280}
 
 CASES: dict[str, tuple[Case, ...]] = {
     "adaln": (*_row_cases(hints=False), _OUT32),
@@ -232,10 +256,6 @@ CASES: dict[str, tuple[Case, ...]] = {
     "linear_gelu": _token_cases({"D": 2048, "M": 8192}, {"D": 64, "M": 256}, [
         Case("tails", "odd", "every edge: rows, features and depth end inside a tile", {"L": 133, "D": 72, "M": 264}),
         Case("narrow", "odd", "one step, 8 features", {"L": 3, "D": 8, "M": 8}),
-    ]),
-    "linear_head_norm": _token_cases({"D": 2048, **_HEADS}, {"D": 64, **_TINY}, [
-        Case("published head", "small", "the published heads", {"L": 3, "D": 64, "N": 3, "K": 128}),
-        Case("tails", "odd", "every edge: rows, heads and depth end inside a tile", {"L": 133, "D": 72, "N": 5, "K": 16}),
     ]),
     "quantise": _token_cases({"D": 2048}, {"D": 128}, [
         Case("720p mlp", "production", "the hidden layer's width", {"L": _720P, "D": 8192}),
@@ -291,10 +311,36 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("empty", "empty", "no frame", {"C": 4, "T": 0, "H": 4, "W": 4}),
     ),
     "conv3d": (
-        Case("720p", "production", "four frames of the widest stage", {"C": 96, "O": 96, "F": 4, "H": 704, "W": 1280}),
-        Case("small", "small", "a short window", {"C": 16, "O": 8, "F": 2, "H": 6, "W": 10}),
-        Case("one frame", "odd", "frame 0 alone, one pixel", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1}),
+        Case("720p", "production", "four frames of the widest stage", {**_WIDE, "O": 96, "last": 1, "added": 1}),
+        Case("720p half", "production", "the stage before it", {"C": 192, "O": 192, "F": 4, "H": 352, "W": 640, "last": 1, "added": 1}),
+        Case("720p out", "production", "to pixels", {**_WIDE, "O": 3, "last": 1}),
+        Case("small", "small", "a short window, as a block calls it", {"C": 16, "O": 24, "F": 2, "H": 3, "W": 5, "added": 1, "last": 1}),
+        Case("to pixels", "small", "four frames to 3 channels", {"C": 16, "O": 3, "F": 4, "H": 2, "W": 4, "last": 1}),
+        Case("time", "small", "3x1x1", {"C": 16, "O": 32, "F": 2, "H": 2, "W": 4, "s": 1}),
+        Case("time stride", "odd", "3x1x1, every other frame", {"C": 8, "O": 8, "F": 3, "H": 2, "W": 3, "s": 1, "stride": 2, "B": 2}),
+        Case("point", "odd", "1x1x1, channels no power of two", {"C": 24, "O": 40, "F": 2, "H": 2, "W": 3, "s": 1, "t": 1}),
+        Case("one frame", "odd", "frame 0 alone, one pixel, channels the copy engine cannot read", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1}),
         Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
+    ),
+    "conv_half": (
+        Case("720p", "production", "the encoder's widest stage", {**_WIDE, "O": 96, "last": 1}),
+        Case("small", "small", "two frames", {"C": 16, "O": 16, "F": 2, "H": 4, "W": 6, "last": 1}),
+        Case("odd", "odd", "the result has odd sides; two clips, channels first", {"C": 3, "O": 5, "F": 1, "H": 7, "W": 2, "B": 2}),
+        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
+    ),
+    "conv_double": (
+        Case("720p", "production", "to the decoder's widest stage", {"C": 192, "O": 96, "F": 4, "H": 352, "W": 640, "last": 1}),
+        Case("small", "small", "two frames", {"C": 16, "O": 8, "F": 2, "H": 3, "W": 4, "last": 1}),
+        Case("one pixel", "odd", "two clips, channels first", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1, "B": 2}),
+        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
+    ),
+    "norm_silu": (
+        Case("720p", "production", "four frames of the widest stage", {**_WIDE, "last": 1}),
+        Case("small", "small", "a window of two", {"C": 96, "F": 2, "H": 3, "W": 5, "last": 1}),
+        Case("one frame", "small", "the history moves by one", {"C": 16, "F": 1, "H": 2, "W": 3, "last": 1}),
+        Case("alone", "odd", "no history, five channels, two clips", {"C": 5, "F": 3, "H": 1, "W": 1, "B": 2, "alone": 1}),
+        Case("rows", "odd", "channels first", {"C": 12, "F": 3, "H": 3, "W": 2}),
+        Case("empty", "empty", "no clip", {"C": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
     ),
     "guided_unipc": (
         Case("720p", "production", "93 frames of 1280x704, guidance", _LATENT),

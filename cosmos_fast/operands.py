@@ -252,12 +252,45 @@ def check_normalized(frames: Tensor, out: torch.dtype) -> None:
     _check(out.is_floating_point, "normalized", "the output dtype must be a floating-point one", out)
 
 
-def check_conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    fits = x.dim() == 5 and weight.shape[1:] == (x.shape[1], 3, 3, 3) and bias.shape == weight.shape[:1]
-    got = [tuple(t.shape) for t in (x, weight, bias)]
+def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor, taps: str) -> None:
+    fits = x.dim() == 5 and weight.shape[1:2] == x.shape[1:2] and bias.shape == weight.shape[:1]
+    alike = x.dtype == weight.dtype == bias.dtype
+    _check(fits and alike, op, f"x must be (B, C, F, H, W), weight (O, C, {taps}), bias (O,), of one dtype",
+           [(tuple(t.shape), t.dtype) for t in (x, weight, bias)])  # fmt: skip
+
+
+def check_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, time_stride: int
+) -> None:  # fmt: skip
+    _check_conv("conv3d", x, weight, bias, "t, r, s")
+    _check(weight.dim() == 5 and all(a >= b for a, b in zip(x.shape[2:], weight.shape[2:])), "conv3d",
+           "x must have as many frames, rows and columns as the weight has taps", (tuple(x.shape), tuple(weight.shape)))  # fmt: skip
+    _check(time_stride >= 1, "conv3d", "time_stride must be at least 1", time_stride)
+    F, H, W = (size - taps + 1 for size, taps in zip(x.shape[2:], weight.shape[2:]))
+    shape = (x.shape[0], weight.shape[0], (F - 1) // time_stride + 1, H, W)
+    _check(residual is None or (residual.shape == shape and residual.dtype == x.dtype), "conv3d",
+           f"residual must be {shape} {x.dtype}", None if residual is None else (tuple(residual.shape), residual.dtype))  # fmt: skip
+
+
+def check_conv_half(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    _check_conv("conv_half", x, weight, bias, "3, 3")
+    _check(weight.shape[2:] == (3, 3), "conv_half", "weight must be (O, C, 3, 3)", tuple(weight.shape))
+    # An odd row at the bottom takes the place of the row of zeros: a strip of a picture may have one.
     _check(
-        fits and x.shape[2] >= 3,
-        "conv3d",
-        "x must be (B, C, F+2, H, W), weight (O, C, 3, 3, 3), bias (O,)",
-        got,
+        x.shape[3] > 1 and x.shape[4] % 2 == 0, "conv_half", "H must be at least 2 and W even", tuple(x.shape)
     )
+
+
+def check_conv_double(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    _check_conv("conv_double", x, weight, bias, "3, 3")
+    _check(weight.shape[2:] == (3, 3), "conv_double", "weight must be (O, C, 3, 3)", tuple(weight.shape))
+
+
+def check_norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, keep: Tensor | None) -> None:
+    fits = x.dim() == 5 and x.is_floating_point() and gamma.numel() == x.shape[1]
+    _check(fits, "norm_silu", "x must be (B, C, F, H, W) of a floating-point dtype and gamma have C values",
+           (tuple(x.shape), x.dtype, tuple(gamma.shape)))  # fmt: skip
+    shape = (*x.shape[:2], 2, *x.shape[3:])
+    for frames in (past, keep):
+        _check(frames is None or (frames.shape == shape and frames.dtype == x.dtype), "norm_silu",
+               f"past and keep must be {shape} {x.dtype}", None if frames is None else (tuple(frames.shape), frames.dtype))  # fmt: skip

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as backends
-from . import convolution, operands
+from . import operands
 from .dispatch import Candidate, define, native, triton
 from .formats import Rows
 
@@ -128,13 +128,6 @@ _unpatchify = define(
     operands.check_unpatchify,
     lambda y, T, H, W: y.new_empty(y.shape[1] // 4, T, H, W),
     triton("patches", "unpatchify"),
-)
-_conv3d = define(
-    "conv3d(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-    operands.check_conv3d,
-    lambda x, weight, bias: torch.empty_like(x[:, :1, 2:].expand(-1, weight.shape[0], -1, -1, -1)),
-    # torch leaves short windows to a direct loop on the CPU, however slow; oneDNN takes any size.
-    Candidate("onednn", lambda: convolution.onednn, "cpu", dtypes=(torch.float32, torch.bfloat16)),
 )
 _guided_unipc = define(
     "guided_unipc(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor m1, Tensor m2, Tensor last, float guidance, "
@@ -295,8 +288,3 @@ def normalized(frames: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     Channels last in memory, as the frames are; in bf16 not the same as rounding once.
     """
     return _normalized(frames, dtype).permute(3, 0, 1, 2)[None]
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3x3x3 convolution, zero padding in space and none in time: (B, C, F+2, H, W) -> (B, O, F, H, W)."""
-    return _conv3d(x, weight, bias)

@@ -336,6 +336,33 @@ def normalized(frames: Tensor, out: torch.dtype) -> Tensor:
     return frames.to(out).div(half).sub(1)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3x3x3 convolution of frames that have their two past frames before them; zero padding in space."""
-    return F.conv3d(x, weight, bias, padding=(0, 1, 1))
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, time_stride: int) -> Tensor:
+    """Convolution without padding, strides in time only, then + residual: (B, C, F, H, W) -> (B, O, F', H', W')."""
+    y = F.conv3d(x, weight, bias, stride=(time_stride, 1, 1))
+    return y if residual is None else y + residual
+
+
+def conv_half(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3, stride 2, on every frame with one zero column on the right and one zero row at the bottom."""
+    return F.conv3d(F.pad(x, (0, 1, 0, 1)), weight[:, :, None], bias, stride=(1, 2, 2))
+
+
+def conv_double(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Nearest neighbour x2 of every frame, then 3x3 with zero padding."""
+    big = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    return F.conv3d(big, weight[:, :, None], bias, padding=(0, 1, 1))
+
+
+def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, keep: Tensor | None) -> Tensor:
+    """Past (zeros if None), then silu(x / max(|x|, 1e-12) * sqrt(C) * gamma), a zero border around each frame.
+
+    |x| is the L2 norm over channels. `keep` gets the last two frames, without borders.
+    """
+    y = x.float()
+    y = y / y.norm(dim=1, keepdim=True).clamp_min(1e-12) * x.shape[1] ** 0.5 * gamma.float().view(-1, 1, 1, 1)
+    frames = [F.silu(y).to(x.dtype)]
+    frames.insert(0, torch.zeros_like(x[:, :, :1]).repeat(1, 1, 2, 1, 1) if past is None else past)
+    full = torch.cat(frames, dim=2)
+    if keep is not None:
+        keep.copy_(full[:, :, -2:])
+    return F.pad(full, (1, 1, 1, 1))

@@ -21,20 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import ops
+from . import ops_vae
+from .convolution import frames_like as frames_like
+from .convolution import rms
 from .vae_keys import Block, VAEConfig, decoder_blocks, encoder_blocks, vae_flops, vae_memory, windows
 
 __all__ = ["VAE", "Stream", "VAEConfig", "channels_last_", "flops", "memory_estimate", "windows"]
 
 # ---------------------------------------------------------------------------------------------------
-# State and elementwise parts. Each of these functions is one place where a fused kernel fits.
-
-
-def frames_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised (B, C, F, H, W) tensor in the layout of x."""
-    last = x.stride(1) == 1
-    layout = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+# State
 
 
 class Stream:
@@ -49,26 +44,28 @@ class Stream:
         self._keep = keep
         self._past: dict[nn.Module, Tensor] = {}
 
-    def room(self, layer: nn.Module, x: Tensor, past: int = 2) -> Tensor:
-        """(B, C, past + F, H, W): the history of `layer` (zeros at the start), then room for x's frames."""
-        padded = frames_like(x, (*x.shape[:2], past + x.shape[2], *x.shape[3:]))
-        if layer in self._past:
-            padded[:, :, :past].copy_(self._past[layer])
-        else:
-            padded[:, :, :past].zero_()
-        return padded
+    def past(self, layer: nn.Module, x: Tensor, frames: int = 2) -> Tensor | None:
+        """The history of `layer`, (B, C, frames, H, W), zeros at the start; None where nothing is kept.
+
+        Whoever takes it writes the next history into it.
+        """
+        if not self._keep:
+            return None
+        if layer not in self._past:
+            self._past[layer] = frames_like(x, (*x.shape[:2], frames, *x.shape[3:])).zero_()
+        return self._past[layer]
 
     def remember(self, layer: nn.Module, frames: Tensor) -> None:
         """Make `frames` the history of `layer`. They are copied: a view would keep a whole window alive."""
-        if not self._keep:
-            return
-        if layer not in self._past:
-            self._past[layer] = frames_like(frames, tuple(frames.shape))
-        self._past[layer].copy_(frames)
+        past = self.past(layer, frames, frames.shape[2])
+        if past is not None:
+            past.copy_(frames)
 
     def extend(self, layer: nn.Module, x: Tensor, past: int = 2) -> Tensor:
         """x with the history of `layer` before it; remembers the last `past` frames for the next window."""
-        padded = self.room(layer, x, past)
+        padded = frames_like(x, (*x.shape[:2], past + x.shape[2], *x.shape[3:]))
+        held = self.past(layer, x, past)
+        _ = padded[:, :, :past].zero_() if held is None else padded[:, :, :past].copy_(held)
         padded[:, :, past:].copy_(x)
         self.remember(layer, padded[:, :, -past:])
         return padded
@@ -79,56 +76,15 @@ class Stream:
         return sum(past.numel() * past.element_size() for past in self._past.values())
 
 
-def rms(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
-    """out = x / max(|x|, 1e-12) * sqrt(C) * gamma, with |x| the L2 norm over channels.
-
-    Shapes: x, out (B, C, F, H, W), out may be a view; gamma has C elements.
-    The norm and the division are fp32 for bf16 input and round once; no fp32 copy of x is made on CUDA.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
-    torch.mul(x, x.shape[1] ** 0.5 / norm.clamp_min_(1e-12), out=out)
-    return out.mul_(gamma.view(-1, 1, 1, 1))
-
-
-def rms_silu(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
-    """out = silu(rms(x)). Shapes as in `rms`."""
-    return F.silu(rms(x, gamma, out), inplace=True)
-
-
-def upsample2x(x: Tensor, out: Tensor) -> Tensor:
-    """Nearest neighbour x2: out[..., i, j] = x[..., i//2, j//2]; a plain copy in every dtype.
-
-    Shapes: x (B, C, F, H, W); out (B, C, F, 2H, 2W), may be a strided view.
-    """
-    pairs = out.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
-    pairs.copy_(x[:, :, :, :, None, :, None])
-    return out
-
-
-def pad_right_bottom(x: Tensor) -> Tensor:
-    """One zero column on the right and one zero row at the bottom of every frame, none left or top."""
-    return F.pad(x, (0, 1, 0, 1))
-
-
-def norm_conv(parts: nn.ModuleDict, norm: str, conv: str, x: Tensor, stream: Stream) -> Tensor:
-    """conv(silu(rms(x))) with history; the norm writes straight behind the history, no concatenation."""
+def norm_conv(
+    parts: nn.ModuleDict, norm: str, conv: str, x: Tensor, stream: Stream, residual: Tensor | None = None
+) -> Tensor:
+    """conv(silu(rms(x))) with history, + residual."""
     gamma, layer = cast(Norm, parts[norm]).gamma, parts[conv]
-    padded = stream.room(layer, x)
-    rms_silu(x, gamma, padded[:, :, 2:])
+    past = stream.past(layer, x)
+    padded = ops_vae.norm_silu(x, gamma, past, past)
     del x  # the last reference when calls are nested: frees it before the conv allocates
-    stream.remember(layer, padded[:, :, -2:])
-    return layer(padded)
-
-
-def per_frame(conv: nn.Module, x: Tensor, pad: bool = False) -> Tensor:
-    """A 2-D conv on each frame. Shapes: (B, C, F, H, W) -> (B, C', F, H', W'); a view in channels last."""
-    # One frame goes its own way: flattening a dimension of one leaves strides that no longer say
-    # "channels last", and the convs after it would fall back to the slow layout.
-    single = x.shape[2] == 1
-    flat = x.squeeze(2) if single else x.transpose(1, 2).flatten(0, 1)
-    y = conv(pad_right_bottom(flat) if pad else flat)
-    return y.unsqueeze(2) if single else y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return layer(padded, residual)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -143,14 +99,25 @@ class Norm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *(1,) * dims))
 
 
-class CausalConv(nn.Conv3d):
-    """3x3x3 conv on frames that already have their two past frames before them. Zero padding in space."""
+class Conv(nn.Conv3d):
+    """A conv without padding."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops_vae.conv3d(x, self.weight, cast(Tensor, self.bias), residual, self.stride[0])
+
+
+class CausalConv(Conv):
+    """3x3x3 conv on frames that already have their two past frames before them and zeros around them."""
 
     def __init__(self, width: int, out: int) -> None:
-        super().__init__(width, out, 3, padding=(0, 1, 1))
+        super().__init__(width, out, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.conv3d(x, self.weight, cast(Tensor, self.bias))
+
+class FirstConv(CausalConv):
+    """The same where no norm has put the zeros around the frames."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return super().forward(F.pad(x, (1, 1, 1, 1)), residual)
 
 
 class Residual(nn.Module):
@@ -161,12 +128,12 @@ class Residual(nn.Module):
         self.residual = nn.ModuleDict(
             {"0": Norm(width), "2": CausalConv(width, out), "3": Norm(out), "6": CausalConv(out, out)}
         )
-        self.shortcut = nn.Conv3d(width, out, 1) if width != out else None
+        self.shortcut = Conv(width, out, 1) if width != out else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         parts = self.residual
-        h = norm_conv(parts, "3", "6", norm_conv(parts, "0", "2", x, stream), stream)
-        return h.add_(x if self.shortcut is None else self.shortcut(x))
+        skip = self.shortcut or nn.Identity()
+        return norm_conv(parts, "3", "6", norm_conv(parts, "0", "2", x, stream), stream, skip(x))
 
 
 class Attention(nn.Module):
@@ -202,10 +169,11 @@ class Down(nn.Module):
     def __init__(self, width: int, time: bool) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(width, width, 3, stride=2)})
-        self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if time else None
+        self.time_conv = Conv(width, width, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = per_frame(self.resample["1"], x, pad=True)
+        conv = cast(nn.Conv2d, self.resample["1"])
+        x = ops_vae.conv_half(x, conv.weight, cast(Tensor, conv.bias))
         if self.time_conv is None:
             return x
         if not stream.first:
@@ -223,22 +191,25 @@ class Up(nn.Module):
 
     def __init__(self, width: int, out: int, time: bool) -> None:
         super().__init__()
-        self.time_conv = nn.Conv3d(width, 2 * width, (3, 1, 1)) if time else None
+        self.time_conv = Conv(width, 2 * width, (3, 1, 1)) if time else None
         self.resample = nn.ModuleDict({"1": nn.Conv2d(width, out, 3, padding=1)})
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        batch, width, frames, height, columns = x.shape
-        alone = frames if self.time_conv is None else int(stream.first)
-        rest = frames - alone
-        big = frames_like(x, (batch, width, alone + 2 * rest, 2 * height, 2 * columns))
-        if alone:
-            upsample2x(x[:, :, :alone], big[:, :, :alone])
-        if self.time_conv is not None and rest:
-            pairs = self.time_conv(stream.extend(self.time_conv, x[:, :, alone:]))
-            upsample2x(pairs[:, :width], big[:, :, alone::2])
-            upsample2x(pairs[:, width:], big[:, :, alone + 1 :: 2])
-            del pairs
-        return per_frame(self.resample["1"], big)
+        if self.time_conv is not None:
+            x = self._twice(self.time_conv, x, stream)
+        conv = cast(nn.Conv2d, self.resample["1"])
+        return ops_vae.conv_double(x, conv.weight, cast(Tensor, conv.bias))
+
+    def _twice(self, time_conv: Conv, x: Tensor, stream: Stream) -> Tensor:
+        alone, width = int(stream.first), x.shape[1]
+        if x.shape[2] == alone:
+            return x
+        pairs = time_conv(stream.extend(time_conv, x[:, :, alone:]))
+        y = frames_like(x, (*x.shape[:2], alone + 2 * pairs.shape[2], *x.shape[3:]))
+        y[:, :, :alone].copy_(x[:, :, :alone])
+        y[:, :, alone::2].copy_(pairs[:, :width])
+        y[:, :, alone + 1 :: 2].copy_(pairs[:, width:])
+        return y
 
 
 def _middle(width: int) -> nn.ModuleList:
@@ -259,7 +230,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         top = config.top
-        self.conv1 = CausalConv(3, config.bottom)
+        self.conv1 = FirstConv(3, config.bottom)
         self.downsamples = nn.ModuleList(_build(block) for block in encoder_blocks(config))
         self.middle = _middle(top)
         self.head = nn.ModuleDict({"0": Norm(top), "2": CausalConv(top, 2 * config.latent_channels)})
@@ -277,7 +248,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         top, bottom = config.top, config.bottom
-        self.conv1 = CausalConv(config.latent_channels, top)
+        self.conv1 = FirstConv(config.latent_channels, top)
         self.middle = _middle(top)
         self.upsamples = nn.ModuleList(_build(block) for block in decoder_blocks(config))
         self.head = nn.ModuleDict({"0": Norm(bottom), "2": CausalConv(bottom, 3)})
@@ -332,8 +303,8 @@ class VAE(nn.Module):
         self.config = config or VAEConfig()
         z = self.config.latent_channels
         self.encoder = Encoder(self.config)
-        self.conv1 = nn.Conv3d(2 * z, 2 * z, 1)
-        self.conv2 = nn.Conv3d(z, z, 1)
+        self.conv1 = Conv(2 * z, 2 * z, 1)
+        self.conv2 = Conv(z, z, 1)
         self.decoder = Decoder(self.config)
         self.requires_grad_(False)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from copy import copy
 from pathlib import Path
 
 import pytest
 import torch
+from conv_flop import MAPPING
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from cosmos_fast.convolution import rms_silu, upsample2x
 from cosmos_fast.vae import (
     VAE,
     Attention,
@@ -24,8 +25,6 @@ from cosmos_fast.vae import (
     frames_like,
     latent_statistics,
     memory_estimate,
-    rms_silu,
-    upsample2x,
     windows,
 )
 from cosmos_fast.vae_keys import diffusers_vae_keys, vae_history, vae_layout
@@ -336,14 +335,10 @@ def test_flops_of_the_published_model(frames, height, width, encode, decode):
 
 
 def test_flops_are_those_that_run(vae, expected):
-    def conv3d(x, weight, bias, *, out_shape):
-        """FLOP of one call of our op, which the counter does not know."""
-        return 2 * math.prod(out_shape) * math.prod(weight[1:])
-
     x, z, _ = expected[17]
     counts = []
     for run in (lambda: vae.encode(x, 4), lambda: vae.decode(z, 2)):
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.cosmos_fast.conv3d: conv3d}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
             run()
         counts.append(counter.get_total_flops())
     # The counter knows nothing of the attention kernel on CPU: 5 frames, 2 products of L x L x width.

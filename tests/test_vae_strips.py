@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conv_flop import MAPPING
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,13 +125,8 @@ def test_strips_have_histories_of_their_own_height(
 
 
 def test_flop_of_strips_are_those_that_run(vae: VAE, latents: Tensor) -> None:
-    def conv3d(
-        x: tuple[int, ...], weight: tuple[int, ...], bias: tuple[int, ...], *, out_shape: tuple[int, ...]
-    ) -> int:
-        return 2 * out_shape[0] * weight[0] * weight[1] * 27 * out_shape[2] * out_shape[3] * out_shape[4]
-
     def run(count: int) -> int:
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.cosmos_fast.conv3d: conv3d}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
             decoded(vae, latents, 1, count)
         return counter.get_total_flops()
 
