@@ -42,6 +42,7 @@ from .parallel import Halves, Mesh
 from .planning import preflight
 from .recipe import Plan, Recipe
 from .self_attention import SelfAttention, exact
+from .self_attention8 import fp8, precise, scheduled
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
@@ -109,6 +110,7 @@ class Engine:
                 guardrails, models.is_published(checkpoint), self.plan.device
             )
             self.network, self.notes = self._load_network(source)
+            self._precise = precise(self.network, self.recipe)
             self.style = models.open_style(style, source, self.network.config, self.plan.device)
             self.vae = self._load_vae(vae_path)
         # Reading 5 GB again takes seconds; it happens beside the first clip, which takes longer.
@@ -293,8 +295,9 @@ class Engine:
         return Halves(self._graphed(Single(self.network, contexts[cfg.rank])), cfg)
 
     def _graphed(self, bound: Pair | Single) -> Any:
-        """The bound network, its launches recorded in a CUDA graph if the plan asks for that."""
-        return Graphed(bound) if self.plan.graphs else bound
+        """The bound network, in CUDA graphs if the plan asks for that; the recipe's steps in full precision."""
+        record = Graphed if self.plan.graphs else lambda whole: whole
+        return scheduled(bound, self._precise, self.recipe, record)
 
     def _weights(self, clip: ClipPlan, given: ChunkInputs) -> list[float] | Tensor:
         names = self._branches(clip)
@@ -339,6 +342,8 @@ class Engine:
         return quant.loaded(network, loaded.state, self.recipe.linear), loaded.notes
 
     def _attention(self) -> SelfAttention:
+        if self.recipe.attention == "fp8":
+            return fp8(self.device, self.mesh.context.size)
         return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)
 
     def _load_vae(self, path: Path) -> VAE:

@@ -13,7 +13,7 @@ from typing import Any
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "dtype": ("bf16", "fp32"),
     "linear": ("bf16", "fp8", "fp8_te"),
-    "attention": ("bf16",),
+    "attention": ("bf16", "fp8"),
 }
 _PRESETS: dict[str, dict[str, str]] = {
     "exact": {"dtype": "bf16"},
@@ -33,14 +33,17 @@ class Recipe:
 
     dtype: arithmetic of weights and activations, "bf16" (as the models were published) or "fp32".
     linear: the linear layers of the blocks, "bf16" for "in `dtype`, not quantised", "fp8", or "fp8_te" for those of
-    Transformer Engine; 8 bits need dtype "bf16". attention: self-attention, "bf16" alone now. Raises ValueError for any
-    other value.
+    Transformer Engine; 8 bits need dtype "bf16". attention: self-attention, "bf16" for the same, or "fp8".
+    attention_head, attention_tail: shares of the steps, the first and the last ones, that attend in `dtype` all the same.
+    Raises ValueError for any other value.
     """
 
     name: str = "exact"
     dtype: str = "bf16"
     linear: str = "bf16"
     attention: str = "bf16"
+    attention_head: float = 0.0
+    attention_tail: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -51,6 +54,10 @@ class Recipe:
                 raise ValueError(f"recipe: {key} must be one of {', '.join(allowed)}, got {value!r}.")
         if self.linear != "bf16" and self.dtype != "bf16":
             raise ValueError(f"recipe: linear must be bf16 where dtype is {self.dtype}, got {self.linear!r}.")
+        shares = self.attention_head, self.attention_tail
+        if not all(type(x) in (int, float) and x >= 0 for x in shares) or sum(shares) > 1:
+            rule = "attention_head and attention_tail must be shares of the steps that do not overlap"
+            raise ValueError(f"recipe: {rule}, got {shares}. 0.2 and 0.1 leave the middle 70 % to 8 bits.")
 
     __repr__ = __str__ = _one_line
 

@@ -8,9 +8,10 @@ from cosmos_fast.recipe import Plan, Recipe
 
 
 def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
-    assert str(Recipe.exact()) == "Recipe(name='exact', dtype='bf16', linear='bf16', attention='bf16')"
+    formats = "dtype='bf16', linear='bf16', attention='bf16', attention_head=0.0, attention_tail=0.0"
+    assert str(Recipe.exact()) == f"Recipe(name='exact', {formats})"
     assert Recipe() == Recipe.exact() and Recipe.fp32().to_dict()["dtype"] == "fp32"
-    for bad in ({"dtype": "fp16"}, {"linear": "fp8"}, {"attention": "int8"}, {"name": ""}):
+    for bad in ({"dtype": "fp16"}, {"linear": "int4"}, {"attention": "int8"}, {"name": ""}):
         with pytest.raises(ValueError, match=f"recipe: {next(iter(bad))} must be"):
             Recipe(**bad)
     with pytest.raises(ValueError, match="one of exact, fp32"):
@@ -24,3 +25,11 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
             Plan(**bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="plan: graphs need a CUDA device"):
         Plan(device="cpu", graphs=True)
+
+
+def test_shares_of_steps_in_full_precision_do_not_overlap() -> None:
+    recipe = Recipe(name="careful", attention="fp8", attention_head=0.25, attention_tail=0.75)
+    assert recipe.to_dict()["attention_head"] == 0.25
+    for head, tail in ((-0.1, 0.0), (0.0, 1.1), (0.6, 0.5), (True, 0.0), ("0.1", 0.0), (float("nan"), 0.0)):
+        with pytest.raises(ValueError, match="attention_head and attention_tail must be shares"):
+            Recipe(attention_head=head, attention_tail=tail)  # type: ignore[arg-type]

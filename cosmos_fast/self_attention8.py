@@ -1,0 +1,93 @@
+"""Self-attention over e4m3 codes, and the schedule that keeps the first and last steps out of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, ops_attention8
+from .formats import EnvironmentProblem
+from .recipe import Recipe
+from .self_attention import exact
+
+SLOW = ("emulated", "reference")
+"""Implementations for tests: at the size of a clip they take minutes a call."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """A `SelfAttention` whose operands are e4m3 codes. rotate: spread each head's outliers, see `ops_attention8.qkv_codes`."""
+
+    rotate: bool = True
+
+    def __call__(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Tensor:
+        codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate)
+        return ops_attention8.attention_fp8(codes, qkv.dtype).flatten(1)
+
+
+def fp8(device: torch.device, ranks: int = 1) -> Fp8:
+    """8-bit attention for this device.
+
+    Raises EnvironmentProblem where only an emulation would run on a GPU, and where ranks share the tokens.
+    """
+    if ranks > 1:
+        raise EnvironmentProblem(
+            f"recipe: attention 'fp8' needs all tokens on one GPU, got {ranks} that share them. Take attention='bf16'."
+        )
+    op, key = dispatch.TABLE["attention_fp8"], (device.type, torch.float8_e4m3fn)
+    op.resolve(device, torch.float8_e4m3fn)
+    chosen, reasons = op.chosen[key][0], op.reasons[key]
+    if device.type == "cuda" and chosen in SLOW:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise EnvironmentProblem(
+            f"recipe: attention 'fp8' needs a fast implementation on this GPU, got {chosen!r} ({why}). "
+            "Install cosmos-fast[fa3] or cosmos-fast[cudnn], or take attention='bf16'."
+        )
+    return Fp8()
+
+
+def precise(network: Module, recipe: Recipe) -> Module | None:
+    """The network, its weights shared, that attends in full precision; None where the recipe never asks for it."""
+    if recipe.attention == "bf16" or recipe.attention_head + recipe.attention_tail == 0:
+        return None
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    twin = copy.deepcopy(network, shared)
+    for block in twin.modules():
+        if hasattr(block, "attend"):
+            block.attend = exact
+    return twin
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A bound network, (z, step) -> velocities, that is `fast` from step `first` to `last` - 1 and `precise` elsewhere."""
+
+    fast: Callable[[Tensor, int], Any]
+    precise: Callable[[Tensor, int], Any]
+    first: int
+    last: int
+
+    def __call__(self, z_BCTHW: Tensor, step: int) -> Any:
+        return (self.fast if self.first <= step < self.last else self.precise)(z_BCTHW, step)
+
+
+def scheduled(bound: Any, twin: nn.Module | None, recipe: Recipe, record: Callable[[Any], Any]) -> Any:
+    """A bound network (`network.Pair` or `Single`), `twin` in its place at the recipe's first and last steps.
+
+    record: what is done with each of the two before it is called, such as a CUDA graph; they never share one.
+    """
+    if twin is None:
+        return record(bound)
+    context = bound.ctx if hasattr(bound, "ctx") else bound.cond
+    steps = context.tables.head.shape[0]
+    first, last = round(recipe.attention_head * steps), steps - round(recipe.attention_tail * steps)
+    return Scheduled(record(bound), record(replace(bound, network=twin)), first, last)
