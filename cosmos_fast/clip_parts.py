@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from .chunking import Chunk
 from .clip_plan import ClipPlan
 from .guardrails import Watch
+from .inputs import ChunkInputs
 
 Progress = Callable[["Step"], None]
 
@@ -40,6 +41,60 @@ class Part:
     controls: dict[str, np.ndarray]
     masks: dict[str, np.ndarray]
     guided: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known of a chunk's part before it is made: a Part without its frames."""
+
+    chunk: Chunk
+    seed: int
+    source: np.ndarray
+    controls: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    guided: np.ndarray | None
+
+    @classmethod
+    def of(cls, chunk: Chunk, seed: int, given: ChunkInputs) -> Opening:
+        kept = chunk.kept
+        return cls(
+            chunk, seed, given.frames[kept],
+            {name: frames[kept] for name, frames in given.controls.items()},
+            {name: mask[kept] for name, mask in given.masks.items()},
+            None if given.guided is None else given.guided[kept],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames (f, H, W, 3) uint8 of the part opened before it, from its frame `start` on, as the VAE decodes them."""
+
+    start: int
+    frames: np.ndarray
+
+
+Piece = Opening | Window
+"""A chunk's part as it comes: its opening, then windows until all of `chunk.keep` frames are there."""
+
+
+def last_frames(before: np.ndarray | None, frames: np.ndarray, count: int) -> np.ndarray:
+    """The last `count` frames of `before` and `frames`, fewer if there are no more."""
+    if before is not None and len(frames) < count:
+        frames = np.concatenate((before, frames))
+    return frames[max(0, len(frames) - count) :]
+
+
+def joined(pieces: Iterable[Piece]) -> Iterator[Part]:
+    """The parts that pieces make up, each as soon as its last window is there."""
+    opening, windows = None, []
+    for piece in pieces:
+        if isinstance(piece, Opening):
+            opening, windows = piece, []
+            continue
+        assert opening is not None, "pieces: a window came before its opening"
+        windows.append(piece.frames)
+        if piece.start + len(piece.frames) == opening.chunk.keep:
+            yield Part(frames=np.concatenate(windows), **vars(opening))
 
 
 @dataclass(frozen=True)

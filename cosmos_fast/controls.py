@@ -160,8 +160,8 @@ class ControlMaker(Protocol):
 
 
 @dataclass(frozen=True)
-class _FrameMaker:
-    """A control that needs nothing but the frames and one preset of the request."""
+class FrameMaker:
+    """A control that needs nothing but the frames, one by one, and one preset of the request."""
 
     name: str
     field: str
@@ -175,8 +175,8 @@ class _FrameMaker:
 
 MAKERS: Final[Mapping[str, ControlMaker]] = MappingProxyType(
     {
-        "edge": _FrameMaker("edge", "preset_edge_threshold", edge),
-        "vis": _FrameMaker("vis", "preset_blur_strength", vis),
+        "edge": FrameMaker("edge", "preset_edge_threshold", edge),
+        "vis": FrameMaker("vis", "preset_blur_strength", vis),
     }
 )
 """Controls made here. For more, pass `{**MAKERS, "depth": my_maker}` wherever `makers` is taken."""

@@ -18,21 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import controls, models, ops, quant, sampler
+from . import controls, models, quant, sampler
 from .chunking import (
     Chunk,
     conditional_latents,
     guided_map,
-    is_black,
     seed_chain,
     weight_maps,
     weight_vector,
 )
-from .clip_parts import Part, Progress, Result, Step, screened
+from .clip_parts import Opening, Part, Piece, Progress, Result, Step, Window, joined, last_frames, screened
 from .clip_plan import ClipPlan
 from .context import Context
 from .exchange import Exchanged
-from .formats import CONTROLS, SPATIAL, ClipError, EnvironmentProblem, latent_frames
+from .formats import CONTROLS, SPATIAL, EnvironmentProblem, latent_frames
 from .graphs import Graphed
 from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
@@ -40,16 +39,17 @@ from .makers import Makers
 from .network import Network, Pair, Prompt, Single
 from .parallel import Halves, Mesh
 from .planning import preflight
+from .reading import Reader, Reading
 from .recipe import Plan, Recipe
 from .self_attention import SelfAttention, exact
-from .self_attention8 import fp8, precise, scheduled
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
 from .text_cache import published_text
 from .vae import VAE, VAEConfig, channels_last_
+from .vae_stage import VAEStage
 
-__all__ = ["Engine", "Part", "Progress", "Result", "Step", "StyleEncoder"]
+__all__ = ["Engine", "Opening", "Part", "Piece", "Progress", "Result", "Step", "StyleEncoder", "Window"]
 
 
 class StyleEncoder(Protocol):
@@ -110,9 +110,9 @@ class Engine:
                 guardrails, models.is_published(checkpoint), self.plan.device
             )
             self.network, self.notes = self._load_network(source)
-            self._precise = precise(self.network, self.recipe)
             self.style = models.open_style(style, source, self.network.config, self.plan.device)
             self.vae = self._load_vae(vae_path)
+            self._vae = VAEStage(self.vae, self.plan, self.device, self.dtype)
         # Reading 5 GB again takes seconds; it happens beside the first clip, which takes longer.
         self._hashes = ThreadPoolExecutor(1).submit(models.hashes, self.files)
         self._check_text()
@@ -144,30 +144,45 @@ class Engine:
             return None
         return self.guardrails.watch(clip.frames, self.guardrails.admit(clip.prompts))
 
-    @torch.inference_mode()  # as a decorator: between parts the caller's own mode holds
     def parts(self, clip: ClipPlan, on_step: Progress | None = None) -> Iterator[Part]:
         """`stream` without guardrails: for who screens the finished pictures itself, with `watch`."""
+        return joined(self.pieces(clip, on_step))
+
+    @torch.inference_mode()  # as a decorator: between pieces the caller's own mode holds
+    def pieces(self, clip: ClipPlan, on_step: Progress | None = None) -> Iterator[Piece]:
+        """`parts` as they come: what is known of one before its frames are made, then its frames window by window.
+
+        Whoever is done with a window before it asks for the next works while the device decodes.
+        """
         self.stages.reset()
         seeds = seed_chain(clip.spec.seed, len(clip.chunks))
         schedule = self.schedule(clip)
         tail: np.ndarray | None = None
-        with ClipInputs(clip, self.makers) as inputs:
+        with (
+            ClipInputs(clip, self.makers) as inputs,
+            Reader(inputs, clip.chunks, self.stages) as reader,
+        ):
             with self.stages("text"):
                 prompts = self._prompts(clip, inputs)
-            for chunk, seed in zip(clip.chunks, seeds, strict=True):
-                with self.stages("inputs"):
-                    given = inputs.read(chunk)
+            for reading, seed in zip(reader, seeds, strict=True):
+                chunk = reading.chunk
                 with self.stages("encode"):
-                    known, guide, latents = self._latents(clip, chunk, tail, given)
+                    known, guide, latents = self._latents(clip, reading, tail)
+                with self.stages.waiting("inputs"):
+                    given = reading.whole()
+                yield Opening.of(chunk, seed, given)
                 with self.stages("denoise"):
                     x0 = self._sample(
                         clip, chunk, seed, schedule, prompts, latents, given, known, guide, on_step
                     )
                 self.mesh.world.check_same(x0, "latents")
-                with self.stages("decode"):
-                    decoded = self._decode(clip, x0)
-                tail = decoded[len(decoded) - clip.spec.num_conditional_frames :]
-                yield self._part(chunk, seed, decoded, given)
+                decoded, tail = 0, None
+                for frames in self.stages.through("decode", self._vae.decode(x0, chunk.drop + chunk.keep)):
+                    tail = last_frames(tail, frames, clip.spec.num_conditional_frames)
+                    start = decoded - chunk.drop
+                    if start + len(frames) > 0:
+                        yield Window(max(start, 0), frames[max(-start, 0) :])
+                    decoded += len(frames)
 
     def planned(self, spec: Spec | ClipPlan) -> ClipPlan:
         """The checked plan of a request for the loaded model; SpecError lists everything wrong with it."""
@@ -221,30 +236,42 @@ class Engine:
         ]
 
     def _latents(
-        self, clip: ClipPlan, chunk: Chunk, tail: np.ndarray | None, given: ChunkInputs
+        self, clip: ClipPlan, reading: Reading, tail: np.ndarray | None
     ) -> tuple[sampler.Known | None, sampler.Guide | None, list[Tensor | None]]:
-        """What the network is shown besides noise, each clip encoded by one rank.
+        """What the network is shown besides noise, each batch of clips encoded by one rank, while it is read.
 
         Known frames: shared with the chunk before; latent 0 sees the first of them alone. Controls: one (C, T, H, W) per
         branch, None where it is absent or all black, which the network treats alike.
         """
-        shared = conditional_latents(chunk.index, clip.spec.num_conditional_frames)
-        shown = [given.controls.get(name) for name in self._branches(clip)]
-        *latents, anchor, gt = self.mesh.world.spread(
+        chunk, names = reading.chunk, self._branches(clip)
+        count = conditional_latents(chunk.index, clip.spec.num_conditional_frames)
+        shared = None if tail is None or count == 0 else tail[:1]
+        height, width = clip.model_size[::-1]
+        whole = (chunk.length, height, width)
+        lit = [name for name in names if reading.is_lit(name)]
+        most = self.plan.vae_encode_batch
+        batches = [
+            [partial(reading.control, name) for name in lit[first : first + most]]
+            for first in range(0, len(lit), most)
+        ]
+        *found, anchor, gt = self.mesh.world.spread(
             [
-                *(None if c is None or is_black(c) else partial(self._encode, c) for c in shown),
+                *(partial(self._vae.encode, batch, whole) for batch in batches),
                 # Scaled in fp32 and rounded once, unlike controls and known frames: so it was published.
-                None if given.guided is None else partial(self._encode, given.frames, torch.float32),
-                None if tail is None or shared == 0 else partial(self._encode, tail[:1]),
+                partial(self._vae.encode, [reading.frames], whole, torch.float32) if clip.guided else None,
+                None
+                if shared is None
+                else partial(self._vae.encode, [lambda *_: shared], (1, height, width)),
             ],
             self.device,
         )
+        latents = dict(zip(lit, (z for batch in found if batch is not None for z in batch), strict=True))
         known = None if gt is None else sampler.Known(gt.float())
         guide = None
-        if anchor is not None and given.guided is not None:
-            weight = guided_map(given.guided).to(self.device)
+        if anchor is not None and (mask := reading.whole().guided) is not None:
+            weight = guided_map(mask).to(self.device)
             guide = sampler.Guide(anchor, weight, clip.spec.guided_generation_step_threshold)
-        return known, guide, [None if z is None else z[0] for z in latents]
+        return known, guide, [latents.get(name) for name in names]
 
     def _sample(
         self,
@@ -295,9 +322,8 @@ class Engine:
         return Halves(self._graphed(Single(self.network, contexts[cfg.rank])), cfg)
 
     def _graphed(self, bound: Pair | Single) -> Any:
-        """The bound network, in CUDA graphs if the plan asks for that; the recipe's steps in full precision."""
-        record = Graphed if self.plan.graphs else lambda whole: whole
-        return scheduled(bound, self._precise, self.recipe, record)
+        """The bound network, its launches recorded in a CUDA graph if the plan asks for that."""
+        return Graphed(bound) if self.plan.graphs else bound
 
     def _weights(self, clip: ClipPlan, given: ChunkInputs) -> list[float] | Tensor:
         names = self._branches(clip)
@@ -309,30 +335,6 @@ class Engine:
         """Which control each branch of the loaded network takes."""
         return CONTROLS if self.network.config.branches > 1 else tuple(clip.spec.controls)
 
-    def _decode(self, clip: ClipPlan, x0: Tensor) -> np.ndarray:
-        """Frames (F, H, W, 3) uint8, each window on its way to the host as soon as it exists."""
-        parts = []
-        for part in self.vae.decode_stream(x0.to(self.dtype), self.plan.vae_decode_window):
-            if not bool(torch.isfinite(part).all()):
-                raise ClipError("decode: frames must be finite, got NaN or infinity from the VAE.")
-            parts.append(ops.pixels(part).cpu())
-        return torch.cat(parts).numpy()
-
-    def _part(self, chunk: Chunk, seed: int, decoded: np.ndarray, given: ChunkInputs) -> Part:
-        kept = chunk.kept
-        return Part(
-            chunk, seed, decoded[kept], given.frames[kept],
-            {name: frames[kept] for name, frames in given.controls.items()},
-            {name: mask[kept] for name, mask in given.masks.items()},
-            None if given.guided is None else given.guided[kept],
-        )  # fmt: skip
-
-    def _encode(self, frames_FHW3: np.ndarray, scaled_in: torch.dtype | None = None) -> Tensor:
-        """uint8 -> (1, C, T, H, W), pixels scaled to [-1, 1] in `scaled_in`, by default the engine's dtype."""
-        frames = torch.from_numpy(frames_FHW3).to(self.device)
-        pixels = ops.normalized(frames, scaled_in or self.dtype).to(self.dtype)
-        return self.vae.encode(pixels, self.plan.vae_encode_window)
-
     # --- loading ---
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
@@ -342,8 +344,6 @@ class Engine:
         return quant.loaded(network, loaded.state, self.recipe.linear), loaded.notes
 
     def _attention(self) -> SelfAttention:
-        if self.recipe.attention == "fp8":
-            return fp8(self.device, self.mesh.context.size)
         return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)
 
     def _load_vae(self, path: Path) -> VAE:

@@ -1,18 +1,19 @@
 """What the files of one clip say about one chunk: frames, controls, masks, at model size and padded.
 
-Files are streamed; nothing of a clip beyond the current chunk is held.
+Files are streamed; nothing of a clip beyond the chunks asked for is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import controls as maker
-from .chunking import Chunk, pad, read_label_mask
+from .chunking import Chunk, mirror_index, pad, read_label_mask
+from .controls import CONTROL_FILTER, MAKERS, MASK_FILTER, ControlMaker, FrameMaker, binary_mask, find_maker
+from .formats import ClipError
 from .video import Probe, Source, probe, resize
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ChunkInputs:
 class ClipInputs:
     """Opens the files of a planned clip; `read` gives one chunk at a time, in order. A context manager."""
 
-    def __init__(self, clip: ClipPlan, makers: Mapping[str, maker.ControlMaker] = maker.MAKERS) -> None:
+    def __init__(self, clip: ClipPlan, makers: Mapping[str, ControlMaker] = MAKERS) -> None:
         self.clip, self._makers = clip, makers
         keep = max(clip.spec.num_conditional_frames, 1)
         limit = clip.frames
@@ -45,8 +46,8 @@ class ClipInputs:
             return Source(file, clip.model_size, filter, limit, keep=keep)
 
         self.source = open_at(clip.source, "area")
-        self._controls = {n: open_at(p, maker.CONTROL_FILTER[n]) for n, p in clip.controls.items() if p}
-        self._masks = {n: open_at(p, maker.MASK_FILTER) for n, p in clip.masks.items()}
+        self._controls = {n: open_at(p, CONTROL_FILTER[n]) for n, p in clip.controls.items() if p}
+        self._masks = {n: open_at(p, MASK_FILTER) for n, p in clip.masks.items()}
         self._guided: Source | None = None
         self._labels: np.ndarray | None = None
         path = clip.spec.guided_generation_mask
@@ -57,32 +58,70 @@ class ClipInputs:
 
     def read(self, chunk: Chunk) -> ChunkInputs:
         """The chunk's inputs; controls without a file are made from its frames."""
-        frames = self._window(self.source, chunk)
-        made = {}
+        given = self.room(chunk)
+        self.fill(chunk, given, 0, chunk.length)
+        return given
+
+    def room(self, chunk: Chunk) -> ChunkInputs:
+        """Arrays for a chunk's inputs, with nothing in them yet."""
+        width, height = self.clip.model_size
+        size = (chunk.length, height, width)
+        has_guide = self._guided is not None or self._labels is not None
+        return ChunkInputs(
+            np.empty((*size, 3), np.uint8),
+            {name: np.empty((*size, 3), np.uint8) for name in self.clip.spec.controls},
+            {name: np.empty(size, np.bool_) for name in self._masks},
+            np.empty(size, np.float32) if has_guide else None,
+        )
+
+    def fill(self, chunk: Chunk, given: ChunkInputs, start: int, stop: int) -> list[str]:
+        """Read frames `start` to `stop` of the chunk, behind those that are there.
+
+        Returns the controls that are there now as well: a maker that wants the whole chunk waits for its last frame.
+        """
+        self._fill(given.frames, self.source, chunk, start, stop)
+        there = []
         for name, control in self.clip.spec.controls.items():
+            made = given.controls[name]
             if name in self._controls:
-                made[name] = self._window(self._controls[name], chunk)
-            else:
-                made[name] = maker.find_maker(name, self._makers).make(
-                    frames, control, source=self.clip.spec.video_path, start=chunk.start, stop=chunk.stop
-                )
-        masks = {name: maker.binary_mask(self._window(source, chunk)) for name, source in self._masks.items()}
-        return ChunkInputs(frames, made, masks, self._guided_mask(chunk))
+                self._fill(made, self._controls[name], chunk, start, stop)
+                there.append(name)
+                continue
+            maker = find_maker(name, self._makers)
+            begin = start if isinstance(maker, FrameMaker) else 0
+            if isinstance(maker, FrameMaker) or stop == chunk.length:
+                frames = maker.make(
+                    given.frames[begin:stop], control, source=self.clip.spec.video_path, start=chunk.start,
+                    stop=chunk.stop,
+                )  # fmt: skip
+                _copy(made[begin:stop], frames, name)
+                there.append(name)
+        for name, source in self._masks.items():
+            self._fill(given.masks[name], source, chunk, start, stop, binary_mask)
+        if given.guided is not None and self._guided is not None:
+            self._fill(
+                given.guided, self._guided, chunk, start, stop, lambda x: x[..., 0].astype(np.float32) / 255
+            )
+        elif given.guided is not None and self._labels is not None and start == 0:
+            window = self._labels[chunk.start : chunk.stop]
+            resized = resize(np.repeat(window[..., None], 3, axis=3), self.clip.model_size, "linear")[..., 0]
+            given.guided[:] = pad(resized.astype(np.float32) / 255, chunk.length)
+        return there
 
-    def _window(self, source: Source, chunk: Chunk) -> np.ndarray:
-        """A window of a file, extended by its own mirror; an image serves every frame."""
-        if source.probe.kind == "image":
-            return pad(source.read(0, 1), chunk.length)
-        return pad(source.read(chunk.start, min(chunk.stop, source.frames)), chunk.length)
-
-    def _guided_mask(self, chunk: Chunk) -> np.ndarray | None:
-        if self._guided is not None:
-            return self._window(self._guided, chunk)[..., 0].astype(np.float32) / 255
-        if self._labels is None:
-            return None
-        window = self._labels[chunk.start : chunk.stop]
-        resized = resize(np.repeat(window[..., None], 3, axis=3), self.clip.model_size, "linear")[..., 0]
-        return pad(resized.astype(np.float32) / 255, chunk.length)
+    @staticmethod
+    def _fill(
+        out: np.ndarray, source: Source, chunk: Chunk, start: int, stop: int,
+        convert: Callable[[np.ndarray], np.ndarray] = lambda frames: frames,
+    ) -> None:  # fmt: skip
+        """Frames of a file, which goes on as its own mirror; an image serves every frame."""
+        is_image = source.probe.kind == "image"
+        first, last = (0, 1) if is_image else (chunk.start, min(chunk.stop, source.frames))
+        there = min(stop, last - first)
+        if start < there:
+            out[start:there] = convert(source.read(first + start, first + there))
+        for frame, same in enumerate(mirror_index(last - first, chunk.length)[:stop]):
+            if frame >= max(start, there):
+                out[frame] = out[same]
 
     def style_image(self) -> np.ndarray | None:
         """The style image (H, W, 3) uint8 at its own size, from a frame of the clip or a file; None if none."""
@@ -103,3 +142,12 @@ class ClipInputs:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _copy(out: np.ndarray, made: np.ndarray, name: str) -> None:
+    if made.shape != out.shape or made.dtype != out.dtype:
+        raise ClipError(
+            f"{name}: its maker must return {out.dtype} {out.shape}, one control frame for each frame given, "
+            f"got {made.dtype} {made.shape}."
+        )
+    out[:] = made

@@ -85,6 +85,7 @@ class Source:
         out[: len(held)] = held
         if stop <= self._position:
             return out
+        before = self._tail if start <= self._position else self._tail[:0]
         while self._position < stop:
             frame = next(self._stream, None)
             if frame is None:
@@ -96,7 +97,11 @@ class Source:
             if self._position >= start:
                 out[self._position - start] = self._convert(frame)
             self._position += 1
-        self._tail = out[max(0, len(out) - self._keep) :].copy()
+        if len(out) < self._keep:  # short windows one after the other keep as much as a long one
+            out_and_before = np.concatenate((before, out[len(held) :]))
+            self._tail = out_and_before[max(0, len(out_and_before) - self._keep) :]
+        else:
+            self._tail = out[len(out) - self._keep :].copy()
         return out
 
     def close(self) -> None:

@@ -226,8 +226,8 @@ def test_black_control_is_no_control(
 ) -> None:
     engine = open_engine(models, "depth")
     encoded: list[int] = []
-    original = engine.vae.encode
-    monkeypatch.setattr(engine.vae, "encode", lambda *given: encoded.append(1) or original(*given))
+    original = engine.vae.encode_stream
+    monkeypatch.setattr(engine.vae, "encode_stream", lambda *given: encoded.append(1) or original(*given))
     for level, count in ((0, 0), (9, 1)):
         control = flat(tmp_path / f"{level}.mkv", level)
         spec = request(clip, max_frames=CHUNK, depth={"control_path": str(control)})
@@ -255,7 +255,8 @@ def test_guide_is_the_input_where_the_mask_is_white(
     assert guide.threshold == 25 and guide.weight_THW.shape == (2, 32, 32)
     assert not guide.weight_THW[:, :, :12].any() and (guide.weight_THW[:, :, 20:] == 1).all()
     with torch.inference_mode():
-        x0 = edge._encode(part.source, torch.float32)
+        source = part.source
+        x0 = edge._vae.encode([lambda start, stop: source[start:stop]], source.shape[:3], torch.float32)
     assert torch.equal(guide.x0_BCTHW, x0)
     assert part.guided is not None and part.guided.shape == (CHUNK, 256, 256)
 

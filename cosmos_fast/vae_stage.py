@@ -1,0 +1,83 @@
+"""Frames to latents and back as an engine's plan says: window by window, as they are read and while they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops, vae_strips
+from .formats import SPATIAL, TEMPORAL
+from .readback import read_back
+from .recipe import Plan
+from .vae import VAE, windows
+
+Frames = Callable[[int, int], np.ndarray]
+"""(first, last + 1) -> uint8 (f, H, W, 3); asked for in order, it may wait for what is still being read."""
+
+
+class VAEStage:
+    """One VAE on one device. dtype: of its weights, latents and pixels."""
+
+    def __init__(self, vae: VAE, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+        self.vae, self.plan, self.device, self.dtype = vae, plan, device, dtype
+
+    def encode(
+        self, clips: Sequence[Frames], shape: tuple[int, int, int], scaled_in: torch.dtype | None = None
+    ) -> Tensor:
+        """Latents (B, C, T, h, w) of B clips of frames, height, width `shape`.
+
+        Pixels are scaled to [-1, 1] in `scaled_in`, by default in `dtype`. While the device encodes a window the next
+        one is waited for, copied and queued.
+        """
+
+        def pixels(start: int, stop: int, top: int = 0, end: int | None = None) -> Tensor:
+            parts = [self._pixels(clip(start, stop)[:, top:end], scaled_in or self.dtype) for clip in clips]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        if self.plan.vae_strips > 1:
+            return vae_strips.encode(
+                self.vae, pixels, shape, self.plan.vae_encode_window, self.plan.vae_strips
+            )
+        bounds = windows(shape[0], self.plan.vae_encode_window)
+        if len(bounds) == 1:  # no window after it that would need its history
+            return self.vae.encode(pixels(*bounds[0]), None)
+        return torch.cat(list(self.vae.encode_stream(pixels(*bound) for bound in bounds)), dim=2)
+
+    def _pixels(self, frames_FHW3: np.ndarray, scaled_in: torch.dtype) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(frames_FHW3))
+        if self.device.type == "cuda":  # from pinned memory the copy is queued, not waited for
+            host = host.pin_memory()
+        return ops.normalized(host.to(self.device, non_blocking=True), scaled_in).to(self.dtype)
+
+    def decode(self, z_1CTHW: Tensor, frames: int) -> Iterator[np.ndarray]:
+        """The first `frames` frames, uint8 (f, H, W, 3) a window, each on its way while the next is decoded.
+
+        With strips they come together, with the last strip. Raises ClipError for values that are not finite.
+        """
+        z = z_1CTHW[:, :, : 1 - (1 - frames) // TEMPORAL].to(
+            self.dtype
+        )  # what only later frames need is left out
+        parts = self._whole(z) if self.plan.vae_strips == 1 else self._put_together(z)
+        for part in parts:
+            if len(part) > frames:
+                part = part[:frames]
+            frames -= len(part)
+            yield part
+
+    def _whole(self, z: Tensor) -> Iterator[np.ndarray]:
+        found = self.vae.decode_stream(z, self.plan.vae_decode_window)
+        for _, codes in read_back(((None, part) for part in found), self.device):
+            yield codes
+
+    def _put_together(self, z: Tensor) -> Iterator[np.ndarray]:
+        height, width = z.shape[3] * SPATIAL, z.shape[4] * SPATIAL
+        out = np.empty((1 + TEMPORAL * (z.shape[2] - 1), height, width, 3), np.uint8)
+        tiles = vae_strips.decode(self.vae, z, self.plan.vae_decode_window, self.plan.vae_strips)
+        for (frame, row), codes in read_back((((t.frame, t.row), t.x) for t in tiles), self.device):
+            stop, end = frame + codes.shape[0], row + codes.shape[1]
+            out[frame:stop, row:end] = codes
+            if end == height:
+                yield out[frame:stop]
