@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, ops_attention8
+from .ops_attention8 import Codes
 from .parallel import Exchange, Group, Shard
 
 Tensors = tuple[Tensor, ...]
@@ -30,38 +31,68 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Operands:
-    """What attention reads of each token and head: tensors (L, N, ...), contiguous behind the heads. Any dtypes.
+    """What attention reads, in any dtypes, contiguous behind the heads.
 
-    queries: needed where the token's own output is computed; keys: needed wherever any output is computed.
+    queries: (L, N, ...), needed where the token's own output is computed. keys: (L, N, ...), needed wherever any output
+    is. shared: (N, ...), the same on all ranks already.
     """
 
     queries: Tensors
     keys: Tensors
+    shared: Tensors = ()
 
 
 class Produce(Protocol):
     def __call__(
-        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, ranks: Group
     ) -> Operands:
-        """Token by token. Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (Lr, K/2) fp32."""
+        """Of this rank's tokens; ranks: who has the others. Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (Lr, K/2) fp32."""
 
 
 class Attend(Protocol):
-    def __call__(self, operands: Operands, step: int) -> Tensor:
-        """Queries (Lq, n, ...), keys (L, n, ...), rows may be strided -> (Lq, n, K)."""
+    def __call__(self, operands: Operands, out: torch.dtype) -> Tensor:
+        """Queries (Lq, n, ...), keys (L, n, ...), whose rows may be strided, shared (n, ...) -> (Lq, n, K) in `out`."""
 
 
 def exact_operands(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, ranks: Group
 ) -> Operands:
     """q, k and v in the dtype of qkv."""
     q, k, v = ops.qk_norm_rope(qkv, q_gain, k_gain, cos, sin)
     return Operands((q,), (k, v))
 
 
-def exact_attend(operands: Operands, step: int) -> Tensor:
-    """In the dtype of the operands, nothing quantised."""
+def exact_attend(operands: Operands, out: torch.dtype) -> Tensor:
+    """In the dtype of the operands, which is `out`; nothing quantised."""
     return ops.attention(*operands.queries, *operands.keys)
+
+
+def fp8_operands(
+    qkv: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    ranks: Group,
+    *,
+    rotate: bool = True,
+) -> Operands:
+    """e4m3 codes of q, k and v, less the means over the tokens of all ranks; shared: steps and mean."""
+    given = qkv, q_gain, k_gain, cos, sin
+    moments = ops_attention8.pooled(ops_attention8.qkv_moments(*given), qkv.shape[0], ranks.gather)
+    codes = ops_attention8.qkv_codes(*given, rotate=rotate, moments=moments)
+    heads = codes.v_step.shape[0]
+    return Operands(
+        (codes.q,), (codes.k, codes.v), (codes.score_step.expand(heads), codes.v_step, codes.v_mean)
+    )
+
+
+def fp8_attend(operands: Operands, out: torch.dtype) -> Tensor:
+    """Attention over codes."""
+    # Rows of an exchange lie apart; a library that keeps a plan per shape may have made it for rows that do not.
+    q, k, v = (x.contiguous() for x in (*operands.queries, *operands.keys))
+    score_step, v_step, v_mean = operands.shared
+    return ops_attention8.attention_fp8(Codes(q, k, v, score_step[:1], v_step, v_mean), out)
 
 
 @dataclass(frozen=True)
@@ -110,15 +141,16 @@ class Exchanged:
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
     ) -> Tensor:
-        """Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (L, K/2) fp32; returns (Lr, N*K)."""
+        """Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (L, K/2) fp32; returns (Lr, N*K) in qkv's dtype."""
         K, Lr = q_gain.shape[0], qkv.shape[0]
         grid = Grid(qkv.shape[1] // (3 * K), Shard(self.group, cos.shape[0]))
-        operands = self.produce(qkv, q_gain, k_gain, grid.shard.split(cos), grid.shard.split(sin), step)
+        here = grid.shard.split(cos), grid.shard.split(sin)
+        operands = self.produce(qkv, q_gain, k_gain, *here, self.group)
         per_column = grid.heads // grid.columns
         parts = cuts(per_column, self.parts)
         # All are sent before the first is awaited: what arrives later does so while the first is attended.
         arriving = [_send(operands, part, grid) for part in parts]
-        returning = [_send_back(self.attend(sent(), step), grid) for sent in arriving]
+        returning = [_send_back(self.attend(sent(), qkv.dtype), grid) for sent in arriving]
         out = qkv.new_empty(Lr, grid.columns, per_column, K)
         for part, exchange in zip(parts, returning, strict=True):
             own = exchange.wait().view(out.dtype).view(grid.columns, Lr, part.stop - part.start, K)
@@ -175,16 +207,20 @@ def _width(like: Tensor) -> int:
 
 def _send(operands: Operands, part: slice, grid: Grid) -> Callable[[], Operands]:
     """Start the exchange of some heads; calling what it returns waits for the operands that this rank attends."""
+    column = grid.shard.group.rank % grid.columns
+    shared = tuple(t.unflatten(0, (grid.columns, -1))[column, part] for t in operands.shared)
+    number = len(operands.queries)
     if grid.rows == 1:  # queries and keys go the same way: one message
-        both = Parcel.send((*operands.queries, *operands.keys), part, grid, within_row=True)
-        return lambda: _divided(both.wait(), len(operands.queries))
-    queries = Parcel.send(operands.queries, part, grid, within_row=True)
-    keys = Parcel.send(operands.keys, part, grid, within_row=False)
-    return lambda: Operands(queries.wait(), keys.wait())
+        parcels = [Parcel.send((*operands.queries, *operands.keys), part, grid, within_row=True)]
+    else:
+        queries = Parcel.send(operands.queries, part, grid, within_row=True)
+        parcels = [queries, Parcel.send(operands.keys, part, grid, within_row=False)]
 
+    def arrived() -> Operands:
+        tensors = tuple(tensor for parcel in parcels for tensor in parcel.wait())
+        return Operands(tensors[:number], tensors[number:], shared)
 
-def _divided(tensors: Tensors, queries: int) -> Operands:
-    return Operands(tensors[:queries], tensors[queries:])
+    return arrived
 
 
 def _send_back(attended: Tensor, grid: Grid) -> Exchange:

@@ -111,6 +111,24 @@ def qkv_moments(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: T
     return _qkv_moments(qkv, q_gain, k_gain, cos, sin, EPS)
 
 
+def pooled(moments: Moments, tokens: int, gather: Callable[[Tensor], list[Tensor]]) -> Moments:
+    """Moments of the tokens of several ranks from those of each.
+
+    tokens: how many this rank's are of; gather: a tensor of every rank. A step of v may come out larger than that of all
+    tokens at once, which costs no digit.
+    """
+    k_mean, v_mean, v_step, steps = moments
+    counts = torch.full_like(k_mean, tokens)
+    count, k_means, v_means, v_steps = torch.stack(
+        gather(torch.stack((counts, k_mean, v_mean, v_step)))
+    ).unbind(1)
+    share = count / count.sum(0)
+    k_mean, v_mean = (k_means * share).sum(0), (v_means * share).sum(0)
+    # |v - mean| <= |v - its rank's mean| + |that mean - mean|
+    peak = (v_steps * reference.E4M3_MAX + (v_means - v_mean).abs()).amax(0)
+    return k_mean, v_mean, reference.power_of_two(peak / reference.E4M3_MAX), steps
+
+
 def qkv_codes(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, *, rotate: bool = True, pack: bool = False,
     moments: Moments | None = None,

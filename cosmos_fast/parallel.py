@@ -124,12 +124,17 @@ class Group:
         return [part.view(x.dtype).view_as(mine)[:count] for part, count in zip(parts, counts, strict=True)]
 
     def broadcast(self, x: Tensor | None, source: int, device: torch.device) -> Tensor:
-        """x of rank `source` on every rank; the others pass None and get it on `device`."""
+        """x of rank `source` on every rank, in its layout; the others pass None and get it on `device`."""
         if self.size == 1:
             assert x is not None, "broadcast: the source has nothing to send"
             return x
-        shape, dtype = self.tell(None if x is None else (tuple(x.shape), x.dtype), source)
-        x = torch.empty(shape, dtype=dtype, device=device) if x is None else x.to(device).contiguous()
+        if x is not None:
+            x = x.to(device)
+            x = x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
+        made = self.tell(None if x is None else (tuple(x.shape), x.stride(), x.dtype), source)
+        assert made is not None, "broadcast: the source has nothing to send"
+        shape, stride, dtype = made
+        x = torch.empty_strided(shape, stride, dtype=dtype, device=device) if x is None else x
         dist.broadcast(_bytes(x), self._global(source), group=self.handle)
         return x
 
@@ -232,7 +237,8 @@ ALONE = Group()
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
+    """The memory of a dense tensor, whatever its layout."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 # --- how they share the work -------------------------------------------------------------------------

@@ -192,11 +192,11 @@ def qkv_moments(
     peak = torch.cat(((v - v_mean).abs(), v_mean[None] * 0)).amax(0)
     # Normed to sqrt(K), scaled by the gain, rotated: no entry is larger than q_most; k less its mean, than twice k_most.
     q_most, k_most = (K**0.5 * gain.float().abs().amax() for gain in (q_gain, k_gain))
-    q_step, k_step, v_step = (_power_of_two(most / E4M3_MAX) for most in (q_most, 2 * k_most, peak))
+    q_step, k_step, v_step = (power_of_two(most / E4M3_MAX) for most in (q_most, 2 * k_most, peak))
     return k_mean, v_mean, v_step, torch.stack((q_step, k_step, q_step * k_step / K**0.5))
 
 
-def _power_of_two(x: Tensor) -> Tensor:
+def power_of_two(x: Tensor) -> Tensor:
     """The next one above x >= 0, 1 for 0: dividing by it rounds nothing, so codes do not depend on how x was summed."""
     return torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent) + 0 * x  # NaN and infinity stay no number
 
