@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def emulated(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dty
     return torch.cat([part.transpose(0, 1).to(out) for part in parts])
 
 
+@cache
 def load_fa3() -> Attend8:
     """FlashAttention-3 forward in fp8, from either of its two distributions. Writes bf16."""
     try:
@@ -67,12 +69,14 @@ _SCALARS = tuple(name for name in _IDS if "scale" in name)
 class CudnnAttention:
     """cuDNN's fp8 attention through its graph API: one graph per shape, built when first met.
 
-    variants: keywords for inference and outputs besides the result; releases differ in which they demand. The first that
-    builds is kept. Raises RuntimeError with what cuDNN says of each if none does.
+    Releases differ in the keyword for inference, in the outputs besides the result that they demand, and in the dtypes of
+    a result that they know: the first of VARIANTS that builds is kept. Raises RuntimeError with what cuDNN says of each if
+    none does.
     """
 
     VARIANTS = tuple(
-        (extra, amax)
+        (kind, extra, amax)
+        for kind in (torch.bfloat16, torch.float16)
         for extra in ({"generate_stats": False}, {"is_inference": True})
         for amax in (("amax_s", "amax_o"), ("amax_o",), ())
     )
@@ -81,16 +85,16 @@ class CudnnAttention:
         self._cudnn = cudnn
         self._handles: dict[torch.device, Any] = {}
         self._constants: dict[torch.device, dict[str, Tensor]] = {}
-        self._graphs: dict[Any, tuple[Any, tuple[str, ...], int]] = {}
+        self._graphs: dict[Any, tuple[Any, torch.dtype, tuple[str, ...], int]] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
-        result = q.new_empty(q.shape, dtype=torch.bfloat16)
         if q.shape[0] == 0:
-            return result.to(out)
-        key = (tuple(q.shape), tuple(k.shape), v.stride(), q.device)
+            return q.new_empty(q.shape, dtype=out)
+        key = (tuple(q.shape), tuple(k.shape), q.device)
         if key not in self._graphs:
-            self._graphs[key] = self._build(q, k, v, result)
-        graph, amax, workspace = self._graphs[key]
+            self._graphs[key] = self._build(q, k, v)
+        graph, kind, amax, workspace = self._graphs[key]
+        result = q.new_empty(q.shape, dtype=kind)
         constants = self._constants[q.device]
         given = {**constants, "descale_q": score_step, "q": q, "k": k, "v": v, "o": result}
         given |= {name: q.new_empty(1, dtype=torch.float32) for name in amax}
@@ -100,7 +104,7 @@ class CudnnAttention:
         graph.execute({_IDS[name]: tensor for name, tensor in given.items()}, room, handle=handle)
         return result.to(out)
 
-    def _build(self, q: Tensor, k: Tensor, v: Tensor, result: Tensor) -> tuple[Any, tuple[str, ...], int]:
+    def _build(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, torch.dtype, tuple[str, ...], int]:
         if q.device not in self._handles:
             self._handles[q.device] = self._cudnn.create_handle()
             values = {**dict.fromkeys(_SCALARS, 1.0), "scale_s": WEIGHT_SCALE, "descale_s": 1 / WEIGHT_SCALE}
@@ -108,18 +112,19 @@ class CudnnAttention:
                 name: torch.full((1,), value, device=q.device) for name, value in values.items()
             }
         said = []
-        for extra, amax in self.VARIANTS:
+        for kind, extra, amax in self.VARIANTS:
             try:
-                graph = self._graph(q, k, v, result, extra, amax)
-                return graph, amax, graph.get_workspace_size()
+                graph = self._graph(q, k, v, kind, extra, amax)
+                return graph, kind, amax, graph.get_workspace_size()
             except Exception as error:  # cuDNN's own types, and TypeError of another release's signature
-                said.append(f"{extra} {amax}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                text = (str(error).splitlines() or [""])[0]
+                said.append(f"{kind} {extra} {amax}: {type(error).__name__}: {text}")
         raise RuntimeError(
             f"cuDNN {self._cudnn.backend_version()} has no such fp8 attention: " + "; ".join(said)
         )
 
     def _graph(
-        self, q: Tensor, k: Tensor, v: Tensor, result: Tensor, extra: dict[str, Any], amax: tuple[str, ...]
+        self, q: Tensor, k: Tensor, v: Tensor, kind: torch.dtype, extra: dict[str, Any], amax: tuple[str, ...]
     ) -> Any:
         types = self._cudnn.data_type
         graph = self._cudnn.pygraph(
@@ -140,9 +145,9 @@ class CudnnAttention:
         o, _, amax_s, amax_o = graph.sdpa_fp8(
             **operands, **scalars, attn_scale=1.0, use_causal_mask=False, **extra
         )
-        shape = heads_first(result)
+        shape = heads_first(q)
         o.set_uid(_IDS["o"]).set_output(True).set_dim(shape["dim"]).set_stride(shape["stride"])
-        o.set_data_type(types.BFLOAT16)
+        o.set_data_type(types.BFLOAT16 if kind == torch.bfloat16 else types.HALF)
         for name, tensor in (("amax_s", amax_s), ("amax_o", amax_o)):
             if name in amax:
                 tensor.set_uid(_IDS[name]).set_output(True).set_dim(one["dim"]).set_stride(one["stride"])
@@ -155,6 +160,7 @@ class CudnnAttention:
         return graph
 
 
+@cache
 def load_cudnn() -> Attend8:
     """cuDNN's fp8 attention, through the package nvidia-cudnn-frontend."""
     import cudnn  # type: ignore[import-not-found]

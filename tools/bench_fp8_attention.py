@@ -1,0 +1,361 @@
+"""8-bit attention at production shape: is it right, how fast is each library, what do its operands cost?
+
+    python tools/bench_fp8_attention.py OUT.json [--deadline-s 90] [--grid 24,88,160] [--sustain-s 0] [--smoke]
+
+First every implementation on inputs that are hard for 8 bits, against fp64 on sampled rows: relative error of bf16, of
+naive codes (one step per tensor, nothing removed), of ours with and without rotation. Then times in turn, on one layer
+of the published 2B network: attention in TFLOP/s, producers and epilogue in ms. One line per result as it comes; what
+fails is recorded with what it said, and the run goes on. --smoke: a small run on the CPU, emulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from cosmos_fast import ops, ops_attention8, self_attention, testing  # noqa: E402
+from cosmos_fast.config import NetworkConfig  # noqa: E402
+from cosmos_fast.context import rope  # noqa: E402
+from cosmos_fast.dispatch import TABLE, use  # noqa: E402
+from cosmos_fast.self_attention8 import SLOW, Fp8  # noqa: E402
+
+E4M3 = torch.float8_e4m3fn
+ROWS = 48
+KINDS = ("gaussian", "shifted", "peaked", "outliers")
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Calls = dict[str, Callable[[], Any]]
+Codes = ops_attention8.Codes
+
+
+class Run:
+    """What was found, and how much time is left."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = torch.device("cpu" if args.smoke else "cuda")
+        self.end = time.perf_counter() + args.deadline_s
+        grid = (2, 8, 12) if args.smoke else tuple(map(int, args.grid.split(",")))
+        config = NetworkConfig.single()
+        self.N, self.K = (2, 128) if args.smoke else (config.heads, config.head_width)
+        self.cos, self.sin = rope(config, grid, self.device, rounded=True)
+        self.L = self.cos.shape[0]
+        self.flop = 4 * self.L**2 * self.N * self.K
+        self.record: dict[str, Any] = {
+            "kind": "attention8", "environment": environment(self.device), "shape": [self.L, self.N, self.K],
+            "errors": {}, "attention": {}, "producers": {}, "checks": {}, "failures": {},
+        }  # fmt: skip
+
+    @contextmanager
+    def trial(self, name: str) -> Iterator[None]:
+        """Note a failure with its text and go on; skip what is left once the time is up."""
+        try:
+            if time.perf_counter() > self.end:
+                raise TimeoutError("no time left")
+            yield
+        except Exception as error:
+            self.record["failures"][name] = f"{type(error).__name__}: {error}"[:1500]
+            print(f"FAILED {name}: {self.record['failures'][name]}", flush=True)
+            if not isinstance(error, TimeoutError | LookupError):
+                traceback.print_exc(limit=-4)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def sync(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def once(self, what: str, calls: Calls) -> Calls:
+        """Those of the calls that return."""
+        good = {}
+        for name, call in calls.items():
+            with self.trial(f"{what} {name}"):
+                call()
+                self.sync()
+                good[name] = call
+        return good
+
+    def times_ms(self, calls: Calls, rounds: int) -> dict[str, float]:
+        """Median of each, in turn."""
+        runs: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                if self.device.type == "cpu":
+                    begun = time.perf_counter()
+                    call()
+                    runs[name].append((time.perf_counter() - begun) * 1e3)
+                    continue
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                runs[name].append(begin.elapsed_time(end))
+        return {name: median(values) for name, values in runs.items()}
+
+    def inputs(self, kind: str, seed: int = 0) -> Inputs:
+        """qkv, gains, cos, sin of one layer. Shifts are large beside the spread, outliers sit in four channels."""
+        draw = torch.Generator(self.device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, device=self.device)
+
+        width = self.N * self.K
+        qkv = normal(self.L, 3 * width).bfloat16()
+        gains = [1 + 0.1 * normal(self.K) for _ in "qk"]
+        if kind == "shifted":
+            qkv += torch.cat((normal(width), 4 * normal(width), 4 * normal(width))).bfloat16()
+        if kind == "peaked":
+            gains = [2.5 * gain for gain in gains]
+        if kind == "outliers":
+            for gain in gains:
+                gain[[3, 40, 77, 101]] *= 12
+            qkv[:, 2 * width :: 37] *= 12
+        q_gain, k_gain = (gain.bfloat16() for gain in gains)
+        return qkv, q_gain, k_gain, self.cos, self.sin
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
+    found["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    for module in ("triton", "fa3_fwd_interface", "flash_attn_interface", "cudnn"):
+        try:
+            found[module] = str(getattr(__import__(module), "__version__", "present"))
+        except Exception as error:
+            found[module] = f"{type(error).__name__}: {error}"[:200]
+    if "cudnn" in sys.modules:
+        found["cudnn_backend"] = sys.modules["cudnn"].backend_version()
+    return found
+
+
+def smi() -> list[str]:
+    query = "clocks.sm,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Attention of some queries in fp64, head by head."""
+    outs = []
+    for n in range(q.shape[1]):
+        scores = q[rows, n].double() @ k[:, n].double().T * q.shape[2] ** -0.5
+        outs.append(torch.softmax(scores, -1) @ v[:, n].double())
+    return torch.stack(outs, 1)
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Codes:
+    """One step per tensor from its largest value, nothing removed, nothing rotated."""
+    steps = [x.float().abs().amax() / 448 for x in (q, k, v)]
+    codes = ((x.float() / step).to(E4M3).contiguous() for x, step in zip((q, k, v), steps, strict=True))
+    table = torch.ones(q.shape[1:], device=q.device)
+    score = (steps[0] * steps[1] * q.shape[2] ** -0.5).view(1)
+    return Codes(*codes, score, table * steps[2], table * 0)
+
+
+def backends(run: Run) -> list[str]:
+    """Implementations of attention_fp8 that run here, on a GPU the fast ones; why the others do not is a failure."""
+    found = []
+    for candidate in TABLE["attention_fp8"].candidates:
+        if candidate.name == "reference" or (candidate.name in SLOW and run.device.type == "cuda"):
+            continue
+        with run.trial(f"load {candidate.name}"):
+            if obstacle := candidate.obstacle(run.device, E4M3):
+                raise LookupError(obstacle)
+            candidate.load()
+            found.append(candidate.name)
+    print("implementations:", found, flush=True)
+    return found
+
+
+def errors(run: Run, names: list[str]) -> None:
+    rows = torch.linspace(0, run.L - 1, ROWS, device=run.device).long()
+    for kind in KINDS:
+        with run.trial(f"errors {kind}"):
+            errors_of(run, names, kind, rows)
+
+
+def errors_of(run: Run, names: list[str], kind: str, rows: Tensor) -> None:
+    given, table = run.inputs(kind), run.record["errors"].setdefault(kind, {})
+    q, k, v = ops.qk_norm_rope(*given)
+    exact = exact_rows(q, k, v, rows)
+
+    def tell(name: str, out: Tensor) -> None:
+        table[name] = testing.rel_error(out[rows].view_as(exact), exact)
+        print(f"error {kind:9s} {name:24s} {table[name]:.3e}", flush=True)
+
+    with run.trial(f"{kind} bf16"):
+        tell("bf16", ops.attention(q, k, v))
+    made = {"naive": partial(naive, q, k, v)}
+    made["smoothed"] = partial(ops_attention8.qkv_codes, *given, rotate=False)
+    made["rotated"] = partial(ops_attention8.qkv_codes, *given, rotate=True)
+    for label, make in made.items():
+        with run.trial(f"{kind} codes {label}"):
+            codes = make()
+            for name in names:
+                with run.trial(f"{kind} {name} {label}"), use(attention_fp8=name):
+                    tell(f"{name} {label}", ops_attention8.attention_fp8(codes))
+
+
+# --- times -----------------------------------------------------------------------------------------
+
+
+def attention_times(run: Run, names: list[str], rounds: int, sustain_s: float) -> None:
+    given = run.inputs("gaussian")
+    q, k, v = ops.qk_norm_rope(*given)
+    c = ops_attention8.qkv_codes(*given)
+    calls: Calls = {}
+    for candidate in TABLE["attention"].candidates:
+        if candidate.name in ("fa3", "cudnn") and candidate.obstacle(run.device, q.dtype) is None:
+            with run.trial(f"load {candidate.name} bf16"):
+                calls[f"{candidate.name} bf16"] = partial(candidate.load(), q, k, v)
+    for candidate in TABLE["attention_fp8"].candidates:
+        if candidate.name in names:
+            operands = c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, torch.bfloat16
+            calls[f"{candidate.name} fp8"] = partial(candidate.load(), *operands)
+    calls = tell_attention(run, "alone", calls, rounds)
+
+    def layer(name: str) -> Tensor:
+        with use(attention_fp8=name):
+            return Fp8()(*given, 0)
+
+    layers: Calls = {"exact layer": lambda: self_attention.exact(*given, 0)}
+    layers |= {f"{name} fp8 layer": partial(layer, name) for name in names}
+    tell_attention(run, "with producers", layers, max(rounds // 2, 1))
+    for name, call in calls.items() if sustain_s else ():
+        with run.trial(f"sustained {name}"):
+            begin, count, seen = run.sync(), 0, []
+            while run.sync() - begin < sustain_s:
+                call()
+                count += 1
+                if count % 16 == 8 and run.device.type == "cuda":
+                    seen.append(smi())
+            rate = run.flop * count / (run.sync() - begin) / 1e12
+            run.record["attention"][f"{name} sustained"] = {
+                "tflop_s": rate,
+                "seconds": sustain_s,
+                "smi": seen,
+            }
+            print(f"attention {name:24s} {rate:7.0f} TFLOP/s over {sustain_s} s {seen[-1:]}", flush=True)
+
+
+def tell_attention(run: Run, what: str, calls: Calls, rounds: int) -> Calls:
+    calls = run.once(what, calls)
+    with run.trial(f"times {what}"):
+        for name, ms in run.times_ms(calls, rounds).items():
+            rate = run.flop / ms / 1e9
+            run.record["attention"][name] = {"ms": ms, "tflop_s": rate}
+            print(f"attention {name:24s} {ms:9.3f} ms {rate:7.0f} TFLOP/s {what}", flush=True)
+    return calls
+
+
+def producers(run: Run, rounds: int) -> None:
+    """Every launch choice of the producers, beside the exact one's."""
+    from cosmos_fast.kernels import norm_rope, qkv_codes
+    from cosmos_fast.kernels.launch import Config
+
+    given = run.inputs("gaussian")
+    moments = ops_attention8.qkv_moments(*given)
+    raw = torch.randn(run.L, run.N, run.K, device=run.device, dtype=torch.bfloat16)
+    eps, wide = ops.EPS, [(b, w) for b in (32, 64, 128, 256) for w in (2, 4, 8, 16)]
+    narrow = [(b, w) for b in (1, 2, 4, 8) for w in (1, 2, 4, 8) if b * 8 >= w]
+
+    def codes(rotate: bool, pack: bool, **config: Any) -> Callable[[], Any]:
+        return partial(qkv_codes.qkv_codes, *given, *moments, rotate, pack, eps, **config)
+
+    sums = partial(qkv_codes.qkv_moments, *given, eps)
+    restored = partial(qkv_codes.values_restored, raw, moments[2], moments[1])
+    groups: dict[str, Calls] = {
+        "defaults": {
+            "qk_norm_rope": lambda: norm_rope.qk_norm_rope(*given, eps), "qkv_moments": sums,
+            "qkv_codes": codes(False, False), "qkv_codes rotated": codes(True, False),
+            "qkv_codes rotated packed": codes(True, True), "values_restored": restored,
+        },
+        "rotated": {f"{b}/{w}": codes(True, False, config=Config(b, w)) for b, w in narrow},
+        "qkv_moments": {f"{b}/{w}": partial(sums, config=Config(b, w)) for b, w in wide if b >= 64},
+        "v": {f"{b}/{w}": codes(True, False, v_config=Config(b, w)) for b, w in wide},
+        "v packed": {f"{b}/{w}": codes(True, True, v_config=Config(b, w)) for b, w in wide},
+        "unrotated": {f"{b}/{w}": codes(False, False, config=Config(b, w)) for b, w in narrow if b <= 4},
+        "values_restored": {f"{b}/{w}": partial(restored, config=Config(b, w)) for b in (4, 8, 16, 32) for w in (4, 8, 16)},
+    }  # fmt: skip
+    for group, calls in groups.items():
+        with run.trial(f"producers {group}"):
+            found = run.times_ms(run.once(f"producer {group}", calls), rounds)
+            run.record["producers"][group] = found
+            best = (
+                sorted(found.items(), key=lambda item: item[1])[:6] if group != "defaults" else found.items()
+            )
+            print(f"producer {group}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in best), flush=True)
+
+
+def checks(run: Run, names: list[str]) -> None:
+    """Every implementation on the small cases, against its reference."""
+    for op in ("qkv_moments", "qkv_codes", "values_restored", "attention_fp8"):
+        for case in testing.CASES[op]:
+            if case.group == "production":
+                continue
+            args = testing.inputs(op, case, run.device, torch.bfloat16)
+            for candidate in TABLE[op].candidates:
+                wanted = candidate.name in (*names, "triton", "emulated")
+                if not wanted or candidate.obstacle(run.device, args[0].dtype):
+                    continue
+                label = f"{op} {case.name} {candidate.name}"
+                with run.trial(f"check {label}"):
+                    run.record["checks"][label] = faults = testing.faults(op, candidate.load()(*args), args)
+                    if faults:
+                        print(f"WRONG {label}: {faults}", flush=True)
+    wrong = sum(bool(faults) for faults in run.record["checks"].values())
+    print(f"{len(run.record['checks'])} checks, {wrong} wrong", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--deadline-s", type=float, default=90)
+    parser.add_argument("--grid", default="24,88,160", help="latent frames, rows, columns")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--sustain-s", type=float, default=0, help="seconds of each implementation without a break"
+    )
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args(argv)
+    testing.kernels_from_checkout()
+    run = Run(args)
+    print(json.dumps(run.record["environment"]), flush=True)
+    with torch.inference_mode():
+        names = backends(run)
+        sections = {
+            "errors": partial(errors, run, names),
+            "attention": partial(attention_times, run, names, args.rounds, args.sustain_s),
+            "producers": partial(producers, run, args.rounds), "checks": partial(checks, run, names),
+        }  # fmt: skip
+        for name, section in sections.items():
+            if args.smoke and name == "producers":
+                continue  # kernels alone
+            with run.trial(name):
+                section()
+            args.out.write_text(json.dumps(run.record, indent=1) + "\n", encoding="utf-8")
+    print(f"{args.out}: {len(run.record['failures'])} failures, {run.end - time.perf_counter():.0f} s left")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
