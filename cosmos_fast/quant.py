@@ -77,7 +77,8 @@ class StoredLinear(_Matrix):
         return F.linear(x, (self.weight.float() * self.weight_scale[:, None]).to(x.dtype), self.bias)
 
 
-def _replace(network: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
+def replace(network: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
+    """Put what `make` gives for a layer and its name in the layer's place; None leaves it."""
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and (new := make(name, module)) is not None:
             network.set_submodule(name, new)
@@ -108,13 +109,13 @@ def loaded(network: N, state: dict[str, Tensor], linear: str = "bf16") -> N:
     if linear == "fp8":
         prove(device)
     if has_codes:
-        _replace(network, _native)
+        replace(network, _native)
     network.load_state_dict(state, strict=True, assign=True)
     state.clear()
     if linear == "fp8" and not has_codes:
-        _replace(network, _native)
+        replace(network, _native)
     if linear == "fp8_te":
-        _replace(network, te_linears.layers(device))
+        replace(network, te_linears.layers(device))
     for module in network.modules():
         if isinstance(module, _Matrix):
             module.settle()

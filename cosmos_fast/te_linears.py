@@ -76,13 +76,15 @@ class TeLinearGelu(TeLinear):
         return ops.gelu(super().forward(x, bias))
 
 
-def layers(device: torch.device) -> Callable[[str, nn.Linear], nn.Module | None]:
+def layers(
+    device: torch.device, plain: type[TeLinear] = TeLinear, with_gelu: type[TeLinear] = TeLinearGelu
+) -> Callable[[str, nn.Linear], nn.Module | None]:
     """What takes the place of a linear layer of that name, None for those that stay. Raises EnvironmentProblem."""
     engine(device)
 
     def make(name: str, linear: nn.Linear) -> nn.Module | None:
         if not is_computed(name):
             return None
-        return TeLinearGelu(linear) if isinstance(linear, LinearGelu) else TeLinear(linear)
+        return with_gelu(linear) if isinstance(linear, LinearGelu) else plain(linear)
 
     return make
