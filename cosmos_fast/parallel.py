@@ -280,7 +280,7 @@ class Mesh:
             )
         device = ranks.device(plan.device)
         if not dist.is_initialized():
-            _join(ranks, device, timeout_s)
+            join(ranks, device, timeout_s=timeout_s)
         rows = [list(range(c * plan.context, (c + 1) * plan.context)) for c in range(plan.cfg)]
         context, cfg = _axis(ranks.rank, rows), _axis(ranks.rank, [list(column) for column in zip(*rows)])
         return cls(ranks, device, Group(ranks.rank, ranks.size, dist.group.WORLD), context, cfg)
@@ -296,7 +296,10 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def _join(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
+def join(
+    ranks: Ranks, device: torch.device, *, timeout_s: float = TIMEOUT_S, store: dist.Store | None = None
+) -> None:
+    """Meet the other ranks, by default where MASTER_ADDR and MASTER_PORT say. store: what this world alone uses."""
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -304,7 +307,7 @@ def _join(ranks: Ranks, device: torch.device, timeout_s: float) -> None:
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         backend = "cpu:gloo,cuda:nccl"  # small values go by the host and never wait for the device
     dist.init_process_group(
-        backend, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=timeout_s)
+        backend, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=timeout_s), store=store
     )
 
 

@@ -25,14 +25,14 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 
 from .clip_plan import ClipPlan
 from .formats import ClipError, CosmosFastError
 from .layout import Layout
-from .parallel import Ranks
+from .parallel import Ranks, join
 from .solo import Solo
-from .team_store import Pulse, connect, put, take, text
+from .team_store import LEFT, Pulse, connect, put, take, text
 
 T = TypeVar("T")
 
@@ -84,7 +84,8 @@ class Team(Solo):
         if self.is_supervised:
             _die_with_parent(int(store.get("supervisor")))
         self._beat()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
 
     def enter(self, layout: Layout) -> None:
         """Take this rank's place: from here on RANK and WORLD_SIZE are those of its group, a world of its own."""
@@ -94,15 +95,18 @@ class Team(Solo):
         self.world = f"{self.group}.{self.generation}"
         self.layout, self.is_leader = layout, self.index == 0
         self.label = f"[rank {rank}] " if layout.size == 1 else f"[ranks {rank}-{rank + layout.size - 1}] "
-        os.environ |= {
-            "RANK": str(self.index), "WORLD_SIZE": str(layout.size), "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{self.world}",
-        }  # fmt: skip
+        os.environ |= {"RANK": str(self.index), "WORLD_SIZE": str(layout.size)}
 
     def device(self, wanted: str | None) -> str | None:
-        """The device for a Plan: a group of several finds its own by LOCAL_RANK, a rank alone is told."""
+        """The device for this rank's Plan, its world joined: a group of several finds its own by LOCAL_RANK."""
         found = self.ranks.device(wanted)
-        return found.type if self.layout.size > 1 else str(found)
+        if found.type == "cuda":
+            torch.cuda.set_device(found)
+        if self.layout.size == 1:
+            return str(found)
+        store = PrefixStore(f"world/{self.world}", connect(self.ranks, again=True))
+        join(Ranks(self.index, self.layout.size, self.ranks.local), found, store=store)
+        return found.type
 
     # --- among all ranks ---
 
@@ -159,6 +163,8 @@ class Team(Solo):
             codes = [int(self.store.get(self._await(f"ended/{g}"))) for g in range(self.layout.groups)]
             exit_code = max(codes)
         self._closed.set()
+        self._thread.join()
+        self.store.set(f"beat/{self.ranks.rank}", LEFT)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return 0 if self.is_supervised else exit_code

@@ -16,6 +16,8 @@ from .parallel import Ranks
 
 SILENT_S = 15.0
 """A rank without a sign for so long is stopped or stuck. Longest silence of a healthy one: compiling kernels, seconds."""
+LEFT = "left"
+"""The last sign of a rank, which may then take its time to end: a file to hash, memory to give back."""
 PIECE_BYTES = 4 << 20
 """Largest value given to the store at once; its server takes 8 MiB."""
 
@@ -48,8 +50,10 @@ class Pulse:
         self._seen: dict[int, tuple[str, float]] = {}
 
     def silent_s(self, rank: int) -> float:
-        """Seconds since the last new sign of a rank; 0 before its first one."""
+        """Seconds since the last new sign of a rank; 0 before its first one and after it took its leave."""
         beat, now = text(self.store, f"beat/{rank}") or "", time.monotonic()
+        if beat == LEFT:
+            return 0.0
         if beat and self._seen.get(rank, ("",))[0] != beat:
             self._seen[rank] = (beat, now)
         return now - self._seen[rank][1] if rank in self._seen else 0.0
@@ -62,14 +66,17 @@ class Pulse:
         self._seen.pop(rank, None)
 
 
-def connect(ranks: Ranks) -> Store:
-    """The store at MASTER_ADDR, MASTER_PORT: of torchrun or of `launch`, else kept by rank 0."""
+def connect(ranks: Ranks, *, again: bool = False) -> Store:
+    """The store at MASTER_ADDR, MASTER_PORT: of torchrun or of `launch`, else kept by rank 0 from its first call on.
+
+    again: one more connection of this process. A connection that waits for a key lets nobody else through.
+    """
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None or not port.isdigit():
         raise EnvironmentProblem(
             f"ranks: MASTER_ADDR and MASTER_PORT must be set beside RANK, got {address} and {port}. Use torchrun, or --gpus."
         )
-    keeps = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keeps = ranks.rank == 0 and not again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = TCPStore(
         address, int(port), is_master=keeps, timeout=timedelta(seconds=120), wait_for_workers=False
     )
