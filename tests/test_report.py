@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded")
+NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded", "fp8")
 README = "# Title\n" + "".join(
     f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
 )
@@ -50,6 +50,18 @@ VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases"
     "ours_encode": {"median_s": 1.5}, "ours_decode": {"median_s": 2.5}, "diffusers_decode": {"median_s": 5.5},
 }}}}  # fmt: skip
 
+FP8 = {"kind": "fp8", "environment": environment("2026-01-03T00:00:00"),
+    "call": {
+        "variants": {"exact": variant(3.25, 0), "fp8": variant(2.25, 0), "diffusers_compiled": variant(3.6, 0)},
+        "recipes": {"exact": {"weights_gib": 5.5, "own_peak_gib": 11.0, "relative_l2_to_exact": 0.0},
+                    "fp8": {"weights_gib": 2.875, "own_peak_gib": 8.5, "relative_l2_to_exact": 0.05}, "diffusers_compiled": {}},
+    },
+    "linears": {
+        "block": {"bf16": {"ms": 15.0}, "fp8": {"ms": 9.5, "relative_l2": 0.025}, "te, current scaling": {"ms": 11.5},
+                  "te, delayed scaling": {"error": "absent"}},
+        "fc1": {"fp8 triton a": {"ms": 2.5, "tflop_s": 1130.0}, "fp8 triton b": {"ms": 2.25, "tflop_s": 1256.0}},
+    },
+}  # fmt: skip
 SCORE = {"value": 0.75, "weight_0": 0.25, "shuffled": 0.125, "ceiling": 0.875, "gain": 0.8}
 EMBEDDED = {
     "kind": "embedded", "clips": 24, "environment": environment("2026-01-01T00:00:00"),
@@ -72,6 +84,7 @@ def place(tmp_path: Path) -> Path:
         ("a-vae", VAE),
         ("a-clip", PIPELINE),
         ("a-embedded", EMBEDDED),
+        ("a-fp8", FP8),
     ):
         (folder / f"{name}.json").write_text(json.dumps(record))
     (tmp_path / "README.md").write_text(README)
@@ -102,6 +115,24 @@ def test_tables_replace_only_what_is_between_markers(place: Path) -> None:
     assert "| gelu, 720p | triton | 0.500 | 91 | 3.00 | – |" in text
     assert "| whole call, latent 4 x 16 x 24 | 7.00e-03 | 7.10e-03 | 9.00e-03 |" in text
     assert "| 35 steps, uninterrupted | 70 | 217.5 | 0.25 | 9.5 |" in text
+
+
+def test_8_bit_calls_and_layers_beside_their_peers(place: Path) -> None:
+    report(place)
+    text = (place / "README.md").read_text()
+    assert (
+        "| ours, linear layers and attention in 8 bits | 2.250 | 0.011 | 1.60 | 2.88 | 8.50 | 5.00e-02 |"
+        in text
+    )
+    assert "| first layer of the MLP with GELU, fp8 triton b | 2.250 | 1256 | – |" in text
+    assert "triton a" not in text and "te, delayed scaling" not in text
+    found = figures(place)
+    assert found["denoiser_call_s.fp8"]["peer"] == {"exact": 3.25, "diffusers_compiled": 3.6}
+    assert (
+        found["linears_ms.fp8"]["value"] == 9.5
+        and found["linears_ms.fp8"]["peer"]["te, current scaling"] == 11.5
+    )
+    assert found["denoiser_weights_gib.fp8"]["value"] == 2.875
 
 
 def test_check_notices_a_stale_readme_and_leaves_it(place: Path) -> None:

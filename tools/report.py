@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import report_embedded
+import report_fp8
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CARD = ROOT / "README.md", ROOT / "cosmos_fast" / "data" / "tiny" / "README.md"
@@ -118,18 +119,8 @@ def denoiser(r: Results) -> str | None:
             lines.append(_call("ours, both prompts, CUDA graph", rows["ours_pair_graph"], 2, pair))
         # The peers call the network once per prompt; two calls take twice one.
         lines += [_call(f"{title}, twice", rows[p], 2, pair, of=2) for p, title in PEERS.items() if p in rows]
-        head = [
-            label,
-            "calls",
-            "s",
-            "IQR s",
-            "time over ours",
-            "TFLOP/s",
-            "% of GEMM peak",
-            "peak GiB",
-            "SM MHz",
-            "W",
-        ]
+        head = [label, "calls", "s", "IQR s", "time over ours", "TFLOP/s", "% of GEMM peak", "peak GiB",
+                "SM MHz", "W"]  # fmt: skip
         blocks.append(f"{table(head, lines)}\n\n{note(file, record)}")
     return "\n\n".join(blocks) or None
 
@@ -241,13 +232,8 @@ def clip(r: Results) -> str | None:
     for steps, one in zip(record["steps"], clips, strict=True):
         seconds = [one["stages"][stage]["seconds"] for stage in stages]
         peak = max(one["stages"][stage]["peak_bytes"] or 0 for stage in stages) / 2**30
-        rows.append(
-            [
-                f"{record['model']}, {steps} steps",
-                *(num(s, 1) for s in (*seconds, sum(seconds))),
-                num(peak, 1),
-            ]
-        )
+        cells = (num(s, 1) for s in (*seconds, sum(seconds), peak))
+        rows.append([f"{record['model']}, {steps} steps", *cells])
     head = ["one clip of 93 frames at 720p, s", *stages, "in all", "peak GiB"]
     return f"{table(head, rows)}\n\n{note(file, record)}"
 
@@ -258,12 +244,7 @@ def prompt_encoder(r: Results) -> str | None:
         return None
     file, record, modes = found
     rows = [
-        [
-            f"`{one['mode']}`",
-            num(one["peak_gib"], 1),
-            num(one["seconds_first"], 1),
-            num(one["seconds_again"], 1),
-        ]
+        [f"`{one['mode']}`", *(num(one[key], 1) for key in ("peak_gib", "seconds_first", "seconds_again"))]
         for one in modes
         if one["asked"] == one["mode"]
     ]
@@ -280,9 +261,20 @@ def embedded(r: Results) -> str | None:
     return "\n\n".join([*tables, report_embedded.verdict(record["goals"]), note(file, record)])
 
 
+def fp8(r: Results) -> str | None:
+    """8-bit linear layers and attention: whole calls by recipe, then the parts of a block."""
+    parts = (("call", report_fp8.call_table), ("linears", report_fp8.linear_table))
+    found = [(make, one) for key, make in parts if (one := r.own(key, "fp8")) is not None]
+    return (
+        "\n\n".join(f"{table(*make(part))}\n\n{note(file, record)}" for make, (file, record, part) in found)
+        or None
+    )
+
+
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
     "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded,
+    "fp8": fp8,
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
 
@@ -328,12 +320,7 @@ def figures(results: list[Results]) -> dict[str, Result]:
 
         def put(key: str, value: float | None, unit: str, file: str, peer: dict[str, float] | None = None, end: str = suffix) -> None:  # fmt: skip
             if value is not None:
-                out[key + end] = {
-                    "value": value,
-                    "unit": unit,
-                    "file": f"bench/results/{file}",
-                    "peer": peer or {},
-                }
+                out[key + end] = {"value": value, "unit": unit, "file": f"bench/results/{file}", "peer": peer or {}}  # fmt: skip
 
         for case in CASES:
             if (found := r.case(case)) is None:
@@ -344,13 +331,8 @@ def figures(results: list[Results]) -> dict[str, Result]:
             peaks = {p: rows[p]["own_peak_gib"] for p in PEERS if "own_peak_gib" in rows.get(p, {})}
             pair, first = rows["ours_pair"], record["cases"][case].get("first_call_s", {})
             put(f"denoiser_call_s.exact{name}", rows["ours"]["median_s"], "s", file, peer)
-            put(
-                f"denoiser_pair_s.exact{name}",
-                pair["median_s"],
-                "s",
-                file,
-                {p: 2 * s for p, s in peer.items()},
-            )
+            twice = {p: 2 * s for p, s in peer.items()}
+            put(f"denoiser_pair_s.exact{name}", pair["median_s"], "s", file, twice)
             put(f"denoiser_peak_gib.exact{name}", pair.get("own_peak_gib"), "GiB", file, peaks)
             firsts = {p: first[p] for p in PEERS if p in first}
             put(f"denoiser_first_call_s.exact{name}", first.get("ours"), "s", file, firsts)
@@ -374,6 +356,10 @@ def figures(results: list[Results]) -> dict[str, Result]:
         if (found := r.own("embedded", "embedded")) is not None:
             for key, value, unit in report_embedded.figures(found[2]):
                 put(key, value, unit, found[0])
+        call, linears = r.own("call", "fp8"), r.own("linears", "fp8")
+        for key, value, unit, peer in report_fp8.figures(call and call[2], linears and linears[2]):
+            source = linears if key.startswith("linears") else call
+            put(key, value, unit, source[0] if source else "", peer)
         if (found := r.case("720", "vae")) is not None:
             for part in ("encode", "decode"):
                 rows = {
