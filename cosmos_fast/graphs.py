@@ -56,7 +56,8 @@ def cuda_capture(call: Callable[[], Velocities]) -> Captured:
     torch.cuda.empty_cache()  # what the warm-up left would hide the size of the pool
     before = torch.cuda.memory_reserved()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads read inputs and screen frames meanwhile: what they ask of CUDA is no part of this.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = call()
     return Captured(outputs, graph.replay, torch.cuda.memory_reserved() - before)
 

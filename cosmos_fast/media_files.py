@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import controls
+from .clip_parts import Opening, Window
 from .clip_plan import ClipPlan
 from .inputs import ClipInputs
 from .outputs import ClipOutputs
 from .video import Writer, resize, write_image
-
-if TYPE_CHECKING:
-    from .engine import Part
 
 
 class Files:
@@ -68,15 +65,11 @@ class Files:
 
 @dataclass
 class Pictures:
-    """One chunk at output size, (F, H, W, 3) uint8: the result alone, the input, what the main file shows, the
-    controls. At model size: guided (F, H, W) float, or None; masks, those made from words, (F, H, W) bool."""
+    """Some frames at output size, (F, H, W, 3) uint8: the result alone, the input, what the main file shows."""
 
     result: np.ndarray
     source: np.ndarray
     shown: np.ndarray
-    controls: dict[str, np.ndarray]
-    guided: np.ndarray | None
-    masks: dict[str, np.ndarray]
 
 
 class Media(Files):
@@ -86,37 +79,41 @@ class Media(Files):
         super().__init__(clip.frames, clip.fps, codec)
         self.clip, self.outputs = clip, outputs
         self.size = (clip.output_size[0] * (1 + clip.tiles), clip.output_size[1])
+        self._result = outputs.media(clip.frames)
+        self._opening: Opening | None = None
+        self._controls: dict[str, np.ndarray] = {}
 
-    def pictures(self, part: Part) -> Pictures:
-        """One chunk as it will be written, all at output size."""
-        spec = self.clip.spec
-        fit = {name: self._fit(self._shown(part, name)) for name in part.controls}
-        result, source = self._fit(part.frames), self._fit(part.source)
-        panels = [*fit.values()] if spec.show_control_condition else []
-        panels += [source] if spec.show_input else []
-        return Pictures(
-            result,
-            source,
-            controls.side_by_side([*panels, result]),
-            fit,
-            part.guided,
-            from_words(self.clip, part.masks),
-        )
+    def open(self, opening: Opening) -> None:
+        """Begin a chunk: write what there is beside its result, which is to be made meanwhile."""
+        self._opening, self._controls = opening, {}
+        for name in opening.controls:
+            frames = self._fit(self._shown(opening, name))
+            self.append(self.outputs.control(name, self.clip.frames), frames)
+            if self.clip.spec.show_control_condition:
+                self._controls[name] = frames
+        if opening.guided is not None:
+            grey = (opening.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
+            self.append(self.outputs.guided_mask(self.clip.frames), grey)
+        for name, mask in from_words(self.clip, opening.masks).items():
+            self.append(self.outputs.mask(name, self.clip.frames), as_frames(mask))
+        if opening.chunk == self.clip.chunks[-1]:
+            self.finish(keep=self._result)
+
+    def pictures(self, window: Window) -> Pictures:
+        """Frames of the chunk begun last as they will be written."""
+        assert self._opening is not None, "pictures: a window came before its chunk's opening"
+        at = slice(window.start, window.start + len(window.frames))
+        result, source = self._fit(window.frames), self._fit(self._opening.source[at])
+        panels = [frames[at] for frames in self._controls.values()]
+        panels += [source] if self.clip.spec.show_input else []
+        return Pictures(result, source, controls.side_by_side([*panels, result]))
 
     def write(self, pictures: Pictures) -> None:
-        """Append one chunk to every file."""
-        self.append(self.outputs.media(self.clip.frames), pictures.shown)
-        for name, frames in pictures.controls.items():
-            self.append(self.outputs.control(name, self.clip.frames), frames)
-        if pictures.guided is not None:
-            grey = (pictures.guided * 255).round().astype(np.uint8)[..., None].repeat(3, axis=3)
-            self.append(self.outputs.guided_mask(self.clip.frames), grey)
-        for name, mask in pictures.masks.items():
-            self.append(self.outputs.mask(name, self.clip.frames), as_frames(mask))
+        self.append(self._result, pictures.shown)
 
     @staticmethod
-    def _shown(part: Part, name: str) -> np.ndarray:
-        control, mask = part.controls[name], part.masks.get(name)
+    def _shown(opening: Opening, name: str) -> np.ndarray:
+        control, mask = opening.controls[name], opening.masks.get(name)
         return control if mask is None else controls.masked_preview(control, mask)
 
     def _fit(self, frames: np.ndarray) -> np.ndarray:
@@ -124,7 +121,7 @@ class Media(Files):
 
     def close(self) -> list[Path]:
         """Publish every file, the result last; returns those beside it."""
-        return self.publish(self.outputs.media(self.clip.frames))
+        return self.publish(self._result)
 
     def __enter__(self) -> Media:
         return self

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import dispatch
+from .clip_parts import Opening, Piece
 from .clip_plan import BatchPlan, ClipPlan
 from .engine import Engine, Progress, Step
 from .formats import ClipError, CosmosFastError, EnvironmentProblem, Refused
@@ -29,6 +30,7 @@ from .outputs import ClipOutputs, OutputFolder
 from .sidecar import build_sidecar
 from .solo import Solo
 from .text import describe_encoder
+from .worker import Worker
 
 if TYPE_CHECKING:
     from .team import Team
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 ALONE = Solo()
 MOST_DISK_FAILURES = 3
 """Clips in a row that may fail because the output folder refuses, before the batch stops."""
+MOST_WAITING = 8
+"""Decoded windows that may wait for the thread that writes them: 11 MB each at 720p."""
 
 
 @dataclass
@@ -155,9 +159,9 @@ def follow(team: Team, open_engine: Callable[[str], Engine]) -> None:
             continue
         assert engine is not None, "follow: a clip came before its model"
         with team.following(given, describe), contextlib.closing(
-            engine.parts(given, lambda step: team.heed(is_step=True))
-        ) as parts:  # fmt: skip
-            for _ in parts:
+            engine.pieces(given, lambda step: team.heed(is_step=True))
+        ) as pieces:  # fmt: skip
+            for _ in pieces:
                 team.heed(is_step=False)
 
 
@@ -250,29 +254,39 @@ def make_clip(
 
     def on_step(step: Step) -> None:
         stop.check()
+        writer.check()
         team.step()
         if progress is not None:
             progress(step)
 
+    def write(piece: Piece) -> None:
+        """What is done with a piece in a thread of its own, while the device makes the next."""
+        with engine.stages.beside("write"):
+            if isinstance(piece, Opening):
+                seeds.append(piece.seed)
+                media.open(piece)
+                return
+            pictures = media.pictures(piece)
+            checks.update(pictures.result, pictures.source)
+        if watch is not None:
+            with engine.stages.beside("guardrails"):
+                pictures.shown = watch.screen(pictures.shown)
+        with engine.stages.beside("write"):
+            media.write(pictures)
+
     seams = list(np.cumsum([chunk.keep for chunk in clip.chunks])[:-1])
     checks = FrameChecks(clip.spec.name, clip.frames, clip.output_size, seams=[int(s) for s in seams])
-    seeds = []
+    seeds: list[int] = []
     watch = engine.watch(clip)
-    with Media(clip, outputs, options.codec) as media:
+    with Media(clip, outputs, options.codec) as media, Worker(write, MOST_WAITING, "writer") as writer:
         with team.making(clip, lambda reason: outputs.fail(reason, spec_hash=clip.spec.hash())):
-            for part in team.parts(engine.parts(clip, on_step)):
-                with engine.stages("write"):
-                    pictures = media.pictures(part)
-                    checks.update(pictures.result, pictures.source)
-                if watch is not None:
-                    with engine.stages("guardrails"):
-                        pictures.shown = watch.screen(pictures.shown)
-                with engine.stages("write"):
-                    media.write(pictures)
-                seeds.append(part.seed)
-        figures = checks.finish()
-        guardrail = record_off(engine.unguarded or "") if watch is None else watch.finish()
-        with engine.stages("write"):
+            for piece in team.parts(engine.pieces(clip, on_step)):
+                with engine.stages.waiting("write"):
+                    writer.put(piece)
+        with engine.stages.waiting("write"):
+            writer.finish()
+            figures = checks.finish()
+            guardrail = record_off(engine.unguarded or "") if watch is None else watch.finish()
             files = media.close()
     return outputs.finish(
         build_sidecar(

@@ -36,7 +36,7 @@ SIDECAR_KEYS: dict[str, str] = {
     "versions": "cosmos_fast, python, torch, ... as in run.json",
     "seeds": "noise seed of each chunk",
     "chunks": "source frames, dropped and kept frames of each chunk",
-    "stages": "per stage: seconds, peak_bytes (null on a CPU)",
+    "stages": "per stage: seconds that the clip waited for it, peak_bytes (null on a CPU), and beside_s where threads worked on it meanwhile",
     "output": "file, bytes, sha256, and frames, width, height, fps as written",
     "files": "controls, masks and prompt saved beside it",
     "checks": "quality checks passed, with their figures",

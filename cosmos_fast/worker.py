@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Worker(Generic[T]):
     """Calls `work` on every thing that is `put`, in order, in a thread of its own. A context manager.
 
-    At most `room` things wait; `put` waits while there are more. What `work` raises is raised, itself, by the next `put`
-    or by `finish`; nothing is done after it. Leaving the block with an exception drops what waits.
+    At most `room` things wait; `put` waits while there are more. What `work` raises is raised, itself, by the next `put`,
+    `check` or `finish`; nothing is done after it. Leaving the block with an exception drops what waits.
     """
 
     def __init__(self, work: Callable[[T], None], room: int, name: str) -> None:
@@ -27,7 +27,7 @@ class Worker(Generic[T]):
         self._thread.start()
 
     def put(self, thing: T) -> None:
-        self._raise()
+        self.check()
         self._things.put(thing)
 
     def finish(self) -> None:
@@ -35,9 +35,10 @@ class Worker(Generic[T]):
         if self._thread.is_alive():
             self._things.put(None)
             self._thread.join()
-        self._raise()
+        self.check()
 
-    def _raise(self) -> None:
+    def check(self) -> None:
+        """Raise what `work` has raised, if it has."""
         if self._error is not None:
             raise self._error
 

@@ -604,7 +604,7 @@ def test_safe_clip_is_made_and_its_record_tells_all(
     )
     assert rail["versions"] == {p: metadata.version(p) for p in ("better-profanity", "nltk", "transformers")}
     assert rail["weights"]["guardrail"] == str(opened.folder)
-    assert record["stages"]["guardrails"]["seconds"] > 0
+    assert record["stages"]["guardrails"]["beside_s"] > 0
 
 
 def unsafe_clips(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[int], list[int]]) -> None:
