@@ -30,7 +30,7 @@ from .chunking import (
 from .clip_parts import Opening, Part, Piece, Progress, Result, Step, Window, joined, last_frames, screened
 from .clip_plan import ClipPlan
 from .context import Context
-from .exchange import Exchanged
+from .exchange import Exchanged, fp8_attend, fp8_operands
 from .formats import CONTROLS, SPATIAL, EnvironmentProblem, latent_frames
 from .graphs import Graphed
 from .guardrails import Guardrails, Watch, screening
@@ -42,6 +42,7 @@ from .planning import preflight
 from .reading import Reader, Reading
 from .recipe import Plan, Recipe
 from .self_attention import SelfAttention, exact
+from .self_attention8 import fp8, precise, scheduled
 from .spec import Spec
 from .stages import Stages
 from .text import FileText, TextEncoder
@@ -110,6 +111,7 @@ class Engine:
                 guardrails, models.is_published(checkpoint), self.plan.device
             )
             self.network, self.notes = self._load_network(source)
+            self._precise = precise(self.network, self.recipe, self._full_attention())
             self.style = models.open_style(style, source, self.network.config, self.plan.device)
             self.vae = self._load_vae(vae_path)
             self._vae = VAEStage(self.vae, self.plan, self.device, self.dtype)
@@ -322,8 +324,9 @@ class Engine:
         return Halves(self._graphed(Single(self.network, contexts[cfg.rank])), cfg)
 
     def _graphed(self, bound: Pair | Single) -> Any:
-        """The bound network, its launches recorded in a CUDA graph if the plan asks for that."""
-        return Graphed(bound) if self.plan.graphs else bound
+        """The bound network, in CUDA graphs if the plan asks for that; the recipe's steps in full precision."""
+        record = Graphed if self.plan.graphs else lambda whole: whole
+        return scheduled(bound, self._precise, self.recipe, record)
 
     def _weights(self, clip: ClipPlan, given: ChunkInputs) -> list[float] | Tensor:
         names = self._branches(clip)
@@ -344,6 +347,12 @@ class Engine:
         return quant.loaded(network, loaded.state, self.recipe.linear), loaded.notes
 
     def _attention(self) -> SelfAttention:
+        if self.recipe.attention == "bf16":
+            return self._full_attention()
+        alone, ranks = fp8(self.device), self.mesh.context
+        return alone if ranks.size == 1 else Exchanged(ranks, fp8_operands, fp8_attend)
+
+    def _full_attention(self) -> SelfAttention:
         return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)
 
     def _load_vae(self, path: Path) -> VAE:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import dispatch, ops_attention8
 from .formats import EnvironmentProblem
 from .recipe import Recipe
-from .self_attention import exact
+from .self_attention import SelfAttention
 
 SLOW = ("emulated", "reference")
 """Implementations for tests: at the size of a clip they take minutes a call."""
@@ -34,15 +34,8 @@ class Fp8:
         return ops_attention8.attention_fp8(codes, qkv.dtype).flatten(1)
 
 
-def fp8(device: torch.device, ranks: int = 1) -> Fp8:
-    """8-bit attention for this device.
-
-    Raises EnvironmentProblem where only an emulation would run on a GPU, and where ranks share the tokens.
-    """
-    if ranks > 1:
-        raise EnvironmentProblem(
-            f"recipe: attention 'fp8' needs all tokens on one GPU, got {ranks} that share them. Take attention='bf16'."
-        )
+def fp8(device: torch.device) -> Fp8:
+    """8-bit attention for this device. Raises EnvironmentProblem where only an emulation would run on a GPU."""
     op, key = dispatch.TABLE["attention_fp8"], (device.type, torch.float8_e4m3fn)
     op.resolve(device, torch.float8_e4m3fn)
     chosen, reasons = op.chosen[key][0], op.reasons[key]
@@ -55,15 +48,15 @@ def fp8(device: torch.device, ranks: int = 1) -> Fp8:
     return Fp8()
 
 
-def precise(network: Module, recipe: Recipe) -> Module | None:
-    """The network, its weights shared, that attends in full precision; None where the recipe never asks for it."""
+def precise(network: Module, recipe: Recipe, attend: SelfAttention) -> Module | None:
+    """The network, its weights shared, that attends as given at the recipe's first and last steps; None if it has none."""
     if recipe.attention == "bf16" or recipe.attention_head + recipe.attention_tail == 0:
         return None
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, shared)
     for block in twin.modules():
         if hasattr(block, "attend"):
-            block.attend = exact
+            block.attend = attend
     return twin
 
 
