@@ -82,8 +82,11 @@ def rms(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
     Shapes: x, out (B, C, F, H, W), out may be a view; gamma has C elements.
     The norm and the division are fp32 for bf16 input and round once; no fp32 copy of x is made on CUDA.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    if x.is_cuda or x.dtype != torch.float32:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    else:  # ten times as fast on a CPU
+        norm = x.square().sum(dim=1, keepdim=True).sqrt_()
     torch.mul(x, x.shape[1] ** 0.5 / norm.clamp_min_(1e-12), out=out)
     return out.mul_(gamma.view(-1, 1, 1, 1))
 
