@@ -48,7 +48,8 @@ from .stages import Stages
 from .text import FileText, TextEncoder
 from .text_cache import published_text
 from .vae import VAE, VAEConfig, channels_last_
-from .vae_stage import VAEStage
+from .vae_split import SharedVAEStage
+from .vae_stage import Request, VAEStage
 
 __all__ = ["Engine", "Opening", "Part", "Piece", "Progress", "Result", "Step", "StyleEncoder", "Window"]
 
@@ -114,7 +115,9 @@ class Engine:
             self._precise = precise(self.network, self.recipe, self._full_attention())
             self.style = models.open_style(style, source, self.network.config, self.plan.device)
             self.vae = self._load_vae(vae_path)
-            self._vae = VAEStage(self.vae, self.plan, self.device, self.dtype)
+            given = self.vae, self.plan, self.device, self.dtype
+            world = self.mesh.world
+            self._vae = VAEStage(*given) if world.size == 1 else SharedVAEStage(*given, world)
         # Reading 5 GB again takes seconds; it happens beside the first clip, which takes longer.
         self._hashes = ThreadPoolExecutor(1).submit(models.hashes, self.files)
         self._check_text()
@@ -240,7 +243,7 @@ class Engine:
     def _latents(
         self, clip: ClipPlan, reading: Reading, tail: np.ndarray | None
     ) -> tuple[sampler.Known | None, sampler.Guide | None, list[Tensor | None]]:
-        """What the network is shown besides noise, each batch of clips encoded by one rank, while it is read.
+        """What the network is shown besides noise, encoded while it is read.
 
         Known frames: shared with the chunk before; latent 0 sees the first of them alone. Controls: one (C, T, H, W) per
         branch, None where it is absent or all black, which the network treats alike.
@@ -256,16 +259,13 @@ class Engine:
             [partial(reading.control, name) for name in lit[first : first + most]]
             for first in range(0, len(lit), most)
         ]
-        *found, anchor, gt = self.mesh.world.spread(
+        *found, anchor, gt = self._vae.encode_all(
             [
-                *(partial(self._vae.encode, batch, whole) for batch in batches),
+                *(Request(batch, whole) for batch in batches),
                 # Scaled in fp32 and rounded once, unlike controls and known frames: so it was published.
-                partial(self._vae.encode, [reading.frames], whole, torch.float32) if clip.guided else None,
-                None
-                if shared is None
-                else partial(self._vae.encode, [lambda *_: shared], (1, height, width)),
-            ],
-            self.device,
+                Request([reading.frames], whole, torch.float32) if clip.guided else None,
+                None if shared is None else Request([lambda *_: shared], (1, height, width)),
+            ]
         )
         latents = dict(zip(lit, (z for batch in found if batch is not None for z in batch), strict=True))
         known = None if gt is None else sampler.Known(gt.float())

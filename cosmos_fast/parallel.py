@@ -98,6 +98,10 @@ class Group:
     size: int = 1
     handle: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        """Itself: a copied network exchanges with the same ranks."""
+        return self
+
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Exchange:
         """Send sent[i] leading rows in turn to rank i, receive received[i] rows from it, in order of rank.
 

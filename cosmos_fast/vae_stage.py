@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,21 @@ from .formats import SPATIAL, TEMPORAL
 from .readback import read_back
 from .recipe import Plan
 from .vae import VAE, windows
+from .vae_strips import Source
 
 Frames = Callable[[int, int], np.ndarray]
 """(first, last + 1) -> uint8 (f, H, W, 3); asked for in order, it may wait for what is still being read."""
+
+
+class Request(NamedTuple):
+    """Clips to encode side by side: B of them, of frames, height, width `shape`.
+
+    Their pixels are scaled to [-1, 1] in `scaled_in`, by default in the stage's dtype.
+    """
+
+    clips: Sequence[Frames]
+    shape: tuple[int, int, int]
+    scaled_in: torch.dtype | None = None
 
 
 class VAEStage:
@@ -24,19 +37,13 @@ class VAEStage:
     def __init__(self, vae: VAE, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.vae, self.plan, self.device, self.dtype = vae, plan, device, dtype
 
-    def encode(
-        self, clips: Sequence[Frames], shape: tuple[int, int, int], scaled_in: torch.dtype | None = None
-    ) -> Tensor:
-        """Latents (B, C, T, h, w) of B clips of frames, height, width `shape`.
+    def encode_all(self, requests: Sequence[Request | None]) -> list[Tensor | None]:
+        """`encode` of every request, None of None."""
+        return [None if request is None else self.encode(request) for request in requests]
 
-        Pixels are scaled to [-1, 1] in `scaled_in`, by default in `dtype`. While the device encodes a window the next
-        one is waited for, copied and queued.
-        """
-
-        def pixels(start: int, stop: int, top: int = 0, end: int | None = None) -> Tensor:
-            parts = [self._pixels(clip(start, stop)[:, top:end], scaled_in or self.dtype) for clip in clips]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
+    def encode(self, request: Request) -> Tensor:
+        """Latents (B, C, T, h, w). While the device encodes a window the next one is waited for, copied and queued."""
+        pixels, shape = self.pixels(request), request.shape
         if self.plan.vae_strips > 1:
             return vae_strips.encode(
                 self.vae, pixels, shape, self.plan.vae_encode_window, self.plan.vae_strips
@@ -45,6 +52,16 @@ class VAEStage:
         if len(bounds) == 1:  # no window after it that would need its history
             return self.vae.encode(pixels(*bounds[0]), None)
         return torch.cat(list(self.vae.encode_stream(pixels(*bound) for bound in bounds)), dim=2)
+
+    def pixels(self, request: Request) -> Source:
+        """The clips of a request on the device, piece by piece."""
+
+        def read(start: int, stop: int, top: int = 0, end: int | None = None) -> Tensor:
+            scaled_in = request.scaled_in or self.dtype
+            parts = [self._pixels(clip(start, stop)[:, top:end], scaled_in) for clip in request.clips]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return read
 
     def _pixels(self, frames_FHW3: np.ndarray, scaled_in: torch.dtype) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(frames_FHW3))

@@ -38,11 +38,14 @@ def _rank(
 
 
 def run(size: int, call: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """call(*arguments) on `size` ranks, forked so that nothing is imported twice; what each returned, in order.
+    """call(*arguments) on `size` ranks; what each returned, in order. Both must pickle.
 
     Raises AssertionError with the rank's own traceback if one fails, or none answers in time.
     """
-    context = multiprocessing.get_context("fork")
+    # Forked from a process that has imported all and computed nothing: a fork of this one would inherit the locks of
+    # threads that are gone.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cosmos_fast.engine"])
     queue, port = context.SimpleQueue(), free_port()
     processes = [
         context.Process(target=_rank, args=(rank, size, port, call, arguments, queue)) for rank in range(size)

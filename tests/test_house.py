@@ -32,7 +32,7 @@ LAYERS: dict[int, tuple[str, str]] = {
         "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
     ),
     5: ("sampler cache graphs", "vae_strips readback"),
-    6: ("engine", "planning clip_plan clip_parts layout inputs reading vae_stage costs models makers"),
+    6: ("engine", "planning clip_plan clip_parts layout inputs reading vae_stage vae_split costs models makers"),
     7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools cli_parallel solo team team_store launch"),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}

@@ -6,6 +6,7 @@ every rank against every other. Spread tokens change the row counts of matrix pr
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +119,7 @@ def check_groups(mesh: Mesh) -> None:
         x = torch.arange(6).view(2, 3).to(dtype)
         got = world.broadcast(x if rank == size - 1 else None, size - 1, mesh.device)
         assert got.dtype == dtype and torch.equal(got.float(), x.float())
+    assert copy.deepcopy(world) is world
     assert world.hear(rank) == list(range(size)) and world.tell(rank, 1) == 1
     assert world.any(rank == size - 1) and not world.any(False)
     assert world.first(lambda: f"from {rank}") == "from 0"
