@@ -1,12 +1,15 @@
 """Time, memory, kernels and error of the denoiser beside diffusers, in one process on one GPU.
 
     python tools/bench_denoiser.py --out bench/results            everything but the full job
-    python tools/bench_denoiser.py --out F.json --only job --skip-peers --full-job
+    python tools/bench_denoiser.py --out F.json --only job --skip-peers --full-job [--steps 4]
+    python tools/bench_denoiser.py --out F.json --only 720,first --vae bench/results/GPU/X-vae.json
     python tools/bench_denoiser.py --smoke --out /tmp/f.json      the same code on a CPU, tiny sizes
 
 Variants take turns call by call, so that drift of the clocks meets all alike. The file is rewritten after every section, a
 failing section does not stop the next, and the exit code says whether all of them passed. Random weights and inputs; the
-call excludes what is prepared once per clip, which is timed apart.
+call excludes what is prepared once per clip, which is timed apart. `composed_job` in the record is no run: it adds up the
+seconds of a whole job from measured calls, and from the VAE's in the record that --vae names. Section `first` starts two new
+processes, without and with compiled kernels on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -29,8 +33,10 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
 
 from trace import trace  # noqa: E402
 
+import first_call  # noqa: E402
 import published  # noqa: E402
 import roofline  # noqa: E402
+from composed import composed  # noqa: E402
 from denoiser import GRIDS, STEP, Bench, Call  # noqa: E402
 from peers import Diffusers  # noqa: E402
 from published import gib, relative_l2  # noqa: E402
@@ -43,7 +49,7 @@ PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"} | 
 """What torch offers: the reference of every op but the MLP's first layer, whose product stays torch's own, in bf16."""
 
 FAST_OPS = ("adaln", "residual", "residual_adaln", "head_norm", "qk_norm_rope", "gelu", "linear_gelu")
-SECTIONS = ("720", "trace", "waterfall", "accuracy", "block", "480", "image", "job")
+SECTIONS = ("720", "trace", "waterfall", "accuracy", "block", "480", "image", "first", "job")
 
 # --- sections --------------------------------------------------------------------------------------
 
@@ -226,11 +232,31 @@ def job(b: Bench) -> None:
         gaps = [a.elapsed_time(c) / 1e3 for a, c in zip(marks, marks[1:])]
     else:
         gaps = [c - a for a, c in zip(marks, marks[1:])]
-    b.record["job"] = {
+    whole = steps == 35
+    b.record["job" if whole else "short_job"] = {
         "steps": steps, "calls": 2 * steps, "seconds": end - start, "prepare_s": prepared - start, "step_s": gaps,
         "latent_std": float(x0.std()), "gpu": b.watch.summary("job"),
         "peak_gib": gib(torch.cuda.max_memory_allocated()) if b.device.type == "cuda" else None,
     }  # fmt: skip
+
+
+def first(b: Bench) -> None:
+    """What a new process pays before its first call, with and without kernels that an earlier one compiled."""
+    b.clear()
+    grid = b.grids["image"]  # compiles the same kernels as a clip, and computes less
+    with tempfile.TemporaryDirectory() as folder:
+        b.record["first"] = first_call.cold_and_warm(grid, Path(folder), b.args.smoke)
+
+
+def compose(b: Bench) -> None:
+    """The whole job from what this run measured, and from a record of the VAE if one was named."""
+    case = b.record["cases"].get("720", {})
+    if "variants" not in case:
+        return
+    vae = (
+        json.loads(b.args.vae.read_text(encoding="utf-8"))["cases"]["720"]["variants"] if b.args.vae else None
+    )
+    b.record["composed_job"] = composed(case, b.args.steps, vae, b.args.vae and b.args.vae.name)
 
 
 # --- running them ----------------------------------------------------------------------------------
@@ -270,8 +296,16 @@ def summary(record: dict[str, Any]) -> str:
     for name in ("accuracy", "block"):
         if name in record:
             lines.append(f"{name} {record[name]}")
-    if "job" in record:
-        one = record["job"]
+    for name, one in record.get("first", {}).items():
+        told = ", ".join(
+            f"{key} {one[key]:.2f}" for key in ("import", "first_call", "call", "compile", "process")
+        )
+        lines.append(f"first {name:<6}{told} s")
+    for name, one in record.get("composed_job", {}).get("rows", {}).items():
+        lines.append(
+            f"composed, not run: {name} {one['denoise_s']:.1f} s denoising, {one.get('seconds', 0):.1f} s with the VAE"
+        )
+    for one in (record[key] for key in ("job", "short_job") if key in record):
         lines.append(
             f"job {one['steps']} steps {one['seconds']:.2f} s, peak {one['peak_gib']}, std {one['latent_std']:.3f}"
         )
@@ -307,7 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help=f"comma-separated sections of {', '.join(SECTIONS)}")
     parser.add_argument("--skip-peers", action="store_true")
     parser.add_argument("--full-job", action="store_true", help="also run all steps without a break")
-    parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--steps", type=int, default=35, help="of the job, run or composed")
+    parser.add_argument("--vae", type=Path, help="a record of the VAE on this GPU, for the composed job")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--allow-reference", action="store_true", help="go on where an op has no fast version here"
@@ -325,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     b = Bench(args, environment(args.commit))
     path = destination(args.out, b.record)
     steps: dict[str, Callable[[Bench], None]] = {
-        "trace": traces, "waterfall": waterfall, "accuracy": accuracy, "block": block, "job": job,
+        "trace": traces, "waterfall": waterfall, "accuracy": accuracy, "block": block, "first": first, "job": job,
     }  # fmt: skip
 
     def section(name: str, run: Callable[[], None]) -> None:
@@ -368,6 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         section(
             name, (lambda name=name: case(b, name)) if name in GRIDS else (lambda name=name: steps[name](b))
         )
+    section("composed", lambda: compose(b))
     b.watch.close()
     print(f"\n{summary(b.record)}\n{goals(b.record)}\nwritten: {path}")
     return int(any(s["status"] != "ok" for s in b.record["sections"].values()))
