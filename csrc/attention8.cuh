@@ -1,0 +1,392 @@
+// 8-bit attention for Hopper. One block computes 64 queries per consumer warpgroup of one head; a producer
+// warp keeps a ring of key and value tiles filled through the copy engine. docs/kernels/attention8.md says
+// how it came to be.
+#pragma once
+
+#include "attention8_plan.cuh"
+
+namespace cosmos_fast::attention8 {
+
+// 2^x for x <= 127 on the FMA units, to 1.8e-3: what e4m3 keeps of it is 6e-2. Below 2^-30 it returns about
+// 2^-30.
+__device__ __forceinline__ float exp2_poly(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = fmaxf(x, -30.0f);
+  const float shifted = x + kRound;
+  const float part = x - (shifted - kRound);
+  const float power = fmaf(fmaf(0.23842917f, part, 0.70344904f), part, 1.00044320f);
+  return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
+}
+
+// What one thread of a consumer warpgroup knows: two rows of its warp's sixteen, g and g + 8, with a quarter
+// of their columns. Index r below is 0 for row g, 1 for row g + 8.
+template <class C>
+struct Consumer {
+  using P = Plan<C>;
+  using Scores = float[P::kScores];
+
+  // Probabilities are 2^(score - peak + kLift): e4m3 ends at 448 = 2^8.8, and a score may pass the peak by
+  // kSlack before the peak follows, so that most tiles change no peak.
+  static constexpr float kLift = 8.0f, kSlack = 0.75f;
+
+  const Params& p;
+  const Shared<C>& shared;
+  const Tiles<C>& tiles;
+  const float* k_scale;
+  int warpgroup, head, ragged;  // ragged: the key tile that reaches past the last key, or -1
+  float q_scale;
+  float peak[2], sum[2], shrink[2],
+      owed[2];  // in powers of 2; owed: shrinks not yet applied to the exact sums
+  bool moved;
+  uint32_t q[C::q_registers ? 16 : 1];
+  uint32_t probabilities[P::kScores / 4];
+  float out[P::kOuts];
+
+  __device__ Consumer(const Params& p, const Shared<C>& shared, const Tiles<C>& tiles, int warpgroup,
+                      int head, int query_tile)
+      : p(p), shared(shared), tiles(tiles), warpgroup(warpgroup), head(head) {
+    const int row = query_tile * P::kQueries + 64 * warpgroup;
+    const int block = p.q_scale_rows ? min(row, p.num_queries - 1) / p.q_scale_rows : 0;
+    q_scale = p.scale_log2 * (p.q_scale ? p.q_scale[int64_t{head} * p.q_scale_head + block] : 1.0f);
+    k_scale = p.k_scale + int64_t{head} * p.k_scale_head;
+    ragged = p.num_keys % C::keys ? p.num_keys / C::keys : -1;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) peak[r] = -INFINITY, sum[r] = 0.0f, owed[r] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < P::kOuts; ++i) out[i] = 0.0f;
+  }
+
+  __device__ int lane() const { return threadIdx.x % 32; }
+  __device__ int warp() const { return threadIdx.x / 32 % 4; }
+
+  __device__ void arrive(uint32_t barrier) const {
+    if (lane() == 0) barrier_arrive(barrier);
+  }
+  __device__ void release_keys(int i) const { arrive(shared.keys_empty(i % C::stages)); }
+  __device__ void release_values(int i) const { arrive(shared.values_empty(i % C::stages)); }
+
+  // Queries from shared memory into the registers of a product's first operand.
+  __device__ void load_queries() {
+    barrier_wait(shared.queries_full(), 0);
+    if constexpr (C::q_registers) {
+      const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int row = 16 * warp() + g + 8 * (i % 2),
+                  part = 2 * (i / 4) + i % 4 / 2;  // part: 16 bytes of the row
+        const uint32_t at = shared.queries(warpgroup) + 128 * row + 16 * (part ^ row % 8) + 4 * t;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(q[i]) : "r"(at));
+      }
+    }
+  }
+
+  // Starts scores = Q K^T of tile i. Past the last tile the products read what the stage holds, and nobody
+  // reads them: a branch around them would make the compiler wait for every product.
+  __device__ __forceinline__ void start_scores(Scores& scores, int i) {
+    const int stage = i % C::stages;
+    if (C::schedule != Schedule::kDeep || i < tiles.count)
+      barrier_wait(shared.keys_full(stage), i / C::stages & 1);
+    const uint64_t b = operand<128>(shared.keys(stage));
+    product_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t queries = operand<128>(shared.queries(warpgroup)) + 2 * k;
+      if constexpr (C::q_registers)
+        k == 0 ? first_product(scores, q, b) : product(scores, q + 4 * k, b + 2 * k);
+      else
+        k == 0 ? first_product(scores, queries, b) : product(scores, queries, b + 2 * k);
+    }
+    product_commit();
+  }
+
+  // Starts out += probabilities V of tile i.
+  __device__ __forceinline__ void start_values(int i) {
+    const int stage = i % C::stages;
+    barrier_wait(shared.values_full(stage), i / C::stages & 1);
+    const uint64_t b = operand<P::kValueRowBytes>(shared.values(stage));
+    product_fence();
+#pragma unroll
+    for (int k = 0; k < C::keys / 32; ++k) {
+      const int chunk = 32 * k / P::kValueRowBytes, within = 32 * k % P::kValueRowBytes;
+      product(out, probabilities + 4 * k, b + (chunk * P::kValueChunk + within) / 16);
+    }
+    product_commit();
+  }
+
+  // Of the scores of tile i, to powers of 2; positive, so that -inf stays -inf.
+  __device__ __forceinline__ float scale_of(int i) const {
+    const int block = tiles[i] * C::keys / kAttention8ScaleKeys * p.k_scale_step;
+    return fmaxf(q_scale * __ldg(k_scale + block), 1e-30f);
+  }
+
+  // Scores to 2^(score - peak + kLift), in place; sums and peaks follow, and shrink says what is owed to
+  // older tiles.
+  __device__ __forceinline__ void softmax(Scores& s, int i, float scale) {
+    if (tiles[i] == ragged) {
+      const int left = p.num_keys - ragged * C::keys - lane() % 4 * 2;
+#pragma unroll
+      for (int e = 0; e < P::kScores; ++e)
+        if (e / 4 * 8 + e % 2 >= left) s[e] = -INFINITY;
+    }
+    float top[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
+#pragma unroll
+    for (int e = 4; e < P::kScores; ++e) top[e / 2 % 2][e % 2] = fmaxf(top[e / 2 % 2][e % 2], s[e]);
+    bool up_any = false;
+    float lift[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float best = fmaxf(top[r][0], top[r][1]);
+      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+      best = scale * fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+      const bool up = best > peak[r] + kSlack;
+      const float next = up ? best : peak[r];
+      shrink[r] = exp2_unit(peak[r] - next);
+      sum[r] *= shrink[r];
+      peak[r] = next;
+      lift[r] = kLift - next;
+      up_any |= up;
+    }
+    moved = __any_sync(~0u, up_any);
+#pragma unroll
+    for (int e = 0; e < P::kScores; ++e) {
+      const int r = e / 2 % 2;
+      const float power = fmaf(s[e], scale, lift[r]);
+      // Spread over each group of eight, and over both rows.
+      const bool poly = (e * 5 + e / 8) % 8 < C::poly;
+      s[e] = poly ? exp2_poly(power) : exp2_unit(power);
+      if constexpr (!C::ones) sum[r] += s[e];
+    }
+  }
+
+  // Waits for all products and brings the output to the present peak. The wait stands on both sides of a
+  // branch that follows the exponentials: in one block with them the compiler would put it first, and nothing
+  // would overlap.
+  __device__ __forceinline__ void finish_and_rescale() {
+    if (moved) {
+      product_wait<0>(out);
+#pragma unroll
+      for (int e = 0; e < P::kOuts; ++e) out[e] *= shrink[e / 2 % 2];
+      if constexpr (C::promote > 0) owed[0] *= shrink[0], owed[1] *= shrink[1];
+    }
+    product_wait<0>(out);
+  }
+
+  // Scores to the first operand of the next product. Column order: kAttention8Order.
+  __device__ __forceinline__ void pack(const Scores& s) {
+#pragma unroll
+    for (int k = 0; k < P::kScores / 16; ++k)
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        const int e = 16 * k + 8 * (a / 2) + 2 * (a % 2);
+        probabilities[4 * k + a] = e4m3x4(s[e], s[e + 1], s[e + 4], s[e + 5]);
+      }
+  }
+
+  // Adds the output to its fp32 master in shared memory every C::promote tiles, and to the registers at the
+  // end. The tensor cores keep some 14 bits of their accumulator, which loses small terms of long sums.
+  __device__ __forceinline__ void promote(int i, bool last) {
+    if constexpr (C::promote > 0) {
+      if (!last && (i + 1) % C::promote != 0) return;
+      extern __shared__ __align__(1024) unsigned char memory[];
+      float4* master = reinterpret_cast<float4*>(memory + P::kMasterAt) + warpgroup * 128 * (P::kOuts / 4) +
+                       threadIdx.x % 128;
+      const bool first = i < C::promote;
+#pragma unroll
+      for (int e = 0; e < P::kOuts; e += 4) {
+        float4 exact = first ? float4{} : master[e / 4 * 128];
+        exact.x = fmaf(exact.x, owed[0], out[e]);
+        exact.y = fmaf(exact.y, owed[0], out[e + 1]);
+        exact.z = fmaf(exact.z, owed[1], out[e + 2]);
+        exact.w = fmaf(exact.w, owed[1], out[e + 3]);
+        if (last) {
+          out[e] = exact.x, out[e + 1] = exact.y, out[e + 2] = exact.z, out[e + 3] = exact.w;
+        } else {
+          master[e / 4 * 128] = exact;
+          out[e] = out[e + 1] = out[e + 2] = out[e + 3] = 0.0f;
+        }
+      }
+      owed[0] = owed[1] = 1.0f;
+    }
+  }
+
+  // Consumer warpgroups issue their products one after the other, 0, 1, ..., 0: each waits for the one
+  // before.
+  __device__ void await_turn() const {
+    if constexpr (C::turns) named_sync(1 + warpgroup, 256);
+  }
+  __device__ void pass_turn(bool last_tile) const {
+    if constexpr (C::turns) {
+      const bool wraps = warpgroup + 1 == C::warpgroups;
+      if (!(wraps && last_tile)) named_arrive(wraps ? 1 : 2 + warpgroup, 256);
+    }
+  }
+  __device__ void open_turns() const {
+    if constexpr (C::turns)
+      if (warpgroup + 1 == C::warpgroups) named_arrive(1, 256);
+  }
+
+  __device__ void run_serial() {
+    Scores s;
+    open_turns();
+    for (int i = 0; i < tiles.count; ++i) {
+      const float scale = scale_of(i);
+      await_turn();
+      start_scores(s, i);
+      pass_turn(i + 1 == tiles.count);
+      product_wait<0>(s);
+      release_keys(i);
+      softmax(s, i, scale);
+      finish_and_rescale();
+      pack(s);
+      start_values(i);
+      product_wait<0>(out);
+      release_values(i);
+      if (i + 1 < tiles.count) promote(i, false);
+    }
+  }
+
+  __device__ void run_overlap() {
+    Scores s;
+    const int last = tiles.count - 1;
+    float scale = scale_of(0);
+    start_scores(s, 0);
+    product_wait<0>(s);
+    release_keys(0);
+    softmax(s, 0, scale);
+    pack(s);
+    if (last > 0) open_turns();
+    for (int i = 1; i <= last; ++i) {
+      scale = scale_of(i);
+      await_turn();
+      start_scores(s, i);
+      start_values(i - 1);
+      pass_turn(i == last);
+      product_wait<1>(s);
+      release_keys(i);
+      softmax(s, i, scale);
+      finish_and_rescale();
+      release_values(i - 1);
+      promote(i - 1, false);
+      pack(s);
+    }
+    start_values(last);
+    product_wait<0>(out);
+  }
+
+  // At entry the scores of tile i are in s and the probabilities of i - 1 packed; nothing is in flight.
+  __device__ __forceinline__ void deep_step(Scores& s, Scores& other, int i) {
+    await_turn();
+    start_values(i - 1);
+    start_scores(other, i + 1);
+    pass_turn(i + 1 == tiles.count);
+    softmax(s, i, scale_of(i));
+    finish_and_rescale();
+    pin(other);
+    release_values(i - 1);
+    if (i + 1 < tiles.count) release_keys(i + 1);
+    promote(i - 1, false);
+    pack(s);
+  }
+
+  __device__ void run_deep() {
+    Scores even, odd;
+    const int last = tiles.count - 1;
+    start_scores(even, 0);
+    start_scores(odd, 1);
+    product_wait<0>(even);
+    pin(odd);
+    release_keys(0);
+    if (last > 0) release_keys(1), open_turns();
+    softmax(even, 0, scale_of(0));
+    pack(even);
+    int i = 1;
+    for (; i < last; i += 2) {
+      deep_step(odd, even, i);
+      deep_step(even, odd, i + 1);
+    }
+    if (i == last) deep_step(odd, even, i);
+    start_values(last);
+    product_wait<0>(out);
+  }
+
+  __device__ void store(int query_tile) {
+    const int g = lane() / 4, t = lane() % 4;
+    const float* scale = p.v_scale + head * 128 + 2 * t;
+    const float* mean = p.v_mean ? p.v_mean + head * 128 + 2 * t : nullptr;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float total = sum[r];
+      if constexpr (C::ones) {
+        total = out[64 + 2 * r];
+      } else {
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+      }
+      const int row = query_tile * P::kQueries + 64 * warpgroup + 16 * warp() + g + 8 * r;
+      if (row >= p.num_queries) continue;
+      const float share = total > 0.0f ? 1.0f / total : 0.0f;
+      if (p.lse && t == 0)
+        p.lse[int64_t{head} * p.num_queries + row] = 0.69314718f * (peak[r] - kLift + __log2f(total));
+      __nv_bfloat16* to = p.out + row * p.out_row + head * p.out_head + 2 * t;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const float2 factor = *reinterpret_cast<const float2*>(scale + 8 * j);
+        float2 y{out[4 * j + 2 * r] * share * factor.x, out[4 * j + 2 * r + 1] * share * factor.y};
+        if (mean) y.x += mean[8 * j], y.y += mean[8 * j + 1];
+        *reinterpret_cast<__nv_bfloat162*>(to + 8 * j) = __float22bfloat162_rn(y);
+      }
+    }
+  }
+
+  __device__ void run(int query_tile) {
+    if (tiles.count > 0) {
+      load_queries();
+      if constexpr (C::schedule == Schedule::kSerial) run_serial();
+      if constexpr (C::schedule == Schedule::kOverlap) run_overlap();
+      if constexpr (C::schedule == Schedule::kDeep) run_deep();
+      promote(tiles.count - 1, true);
+    }
+    store(query_tile);
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(Plan<C>::kThreads, 1)
+    attention8_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Params p) {
+  using P = Plan<C>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Shared<C> shared{shared_address(memory)};
+  const int head = blockIdx.y, query_tile = blockIdx.x,
+            warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, as the compiler then knows
+  if (threadIdx.x == 0) {
+    if (shared.base % 1024 != 0) __trap();  // swizzles repeat every 1024 bytes
+    barrier_init(shared.queries_full(), 1);
+    for (int stage = 0; stage < C::stages; ++stage) {
+      barrier_init(shared.keys_full(stage), 1);
+      barrier_init(shared.values_full(stage), 1);
+      barrier_init(shared.keys_empty(stage), 4 * C::warpgroups);
+      barrier_init(shared.values_empty(stage), 4 * C::warpgroups);
+    }
+  }
+  if constexpr (C::ones) {
+    constexpr int kChunks = C::stages * C::keys / P::kValueRowBytes, kWords = 8 * P::kValueRowBytes / 4;
+    for (int i = threadIdx.x; i < kChunks * kWords; i += P::kThreads) {
+      const int at = P::kValuesAt + i / kWords * P::kValueChunk + 128 * P::kValueRowBytes + i % kWords * 4;
+      *reinterpret_cast<uint32_t*>(memory + at) = 0x38383838;  // 1.0 in e4m3
+    }
+  }
+  fence_async_proxy();
+  __syncthreads();
+  const Tiles<C> tiles(p, head, query_tile);
+  if (warpgroup == C::warpgroups) {
+    registers_lower<P::kProducerRegisters>();
+    if (threadIdx.x % 128 == 0 && tiles.count > 0)
+      produce<C>(&q_map, &k_map, &v_map, shared, tiles, head, query_tile);
+  } else {
+    registers_raise<P::kConsumerRegisters>();
+    Consumer<C>(p, shared, tiles, warpgroup, head, query_tile).run(query_tile);
+  }
+}
+
+}  // namespace cosmos_fast::attention8

@@ -1,0 +1,132 @@
+// Versions of the 8-bit attention kernel, what they keep where, and the producer that feeds them.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "attention8.h"
+#include "hopper.cuh"
+
+namespace cosmos_fast::attention8 {
+
+using namespace hopper;
+
+enum class Schedule {
+  kSerial,   // scores, softmax, values, one after the other
+  kOverlap,  // the scores of tile i + 1 and the values of tile i are in flight together
+  kDeep,     // two score tiles: the softmax of i runs beside the scores of i + 1 and the values of i - 1
+};
+
+// One version of the kernel: derive and hide the members that differ.
+struct Config {
+  static constexpr int warpgroups = 2;  // consumers, 64 queries each
+  static constexpr int keys = 128;      // of one tile: 64, 96, 128 or 192
+  static constexpr int stages = 4;      // tiles of K and of V in shared memory
+  static constexpr Schedule schedule = Schedule::kSerial;
+  static constexpr bool turns =
+      false;  // consumers issue products in turn: one's softmax meets the other's products
+  static constexpr int poly = 0;  // exponentials of every eight that the FMA units compute
+  static constexpr int promote =
+      0;  // tiles after which the products' accumulator joins an exact fp32 one; 0: never
+  static constexpr bool ones = false;         // the row sum comes from eight rows of ones under V
+  static constexpr bool q_registers = false;  // queries stay in registers
+  static constexpr bool sparse = false;       // key tiles from a list
+};
+
+struct Params {
+  __nv_bfloat16* out;
+  float* lse;
+  const float *q_scale, *k_scale, *v_scale, *v_mean;  // q_scale may be null, for 1
+  const int *key_tiles, *key_counts;
+  int64_t out_row, out_head;
+  int num_queries, num_keys, q_scale_head, k_scale_head, q_scale_rows, key_capacity;
+  int k_scale_step;  // 1 with a k_scale per block, 0 with one per head
+  float scale_log2;  // softmax_scale * log2(e)
+};
+
+// Sizes and places in shared memory, in bytes.
+template <class C>
+struct Plan {
+  static constexpr int kThreads = (C::warpgroups + 1) * 128;
+  static constexpr int kQueries = C::warpgroups * 64;
+  static constexpr int kScores = C::keys / 2;             // registers of a score tile
+  static constexpr int kOuts = C::ones ? 68 : 64;         // of an output tile
+  static constexpr int kValueRows = C::ones ? 136 : 128;  // rows of a value tile: channels, then ones
+  static constexpr int kValueRowBytes = C::keys % 128 == 0  ? 128
+                                        : C::keys % 64 == 0 ? 64
+                                                            : 32;  // one swizzled row
+  static constexpr int kValueChunk = kValueRows * kValueRowBytes;
+  static constexpr int kQueryBytes = kQueries * 128;
+  static constexpr int kKeyBytes = C::keys * 128;
+  static constexpr int kValueBytes = kValueRows * C::keys;
+  static constexpr int kMasterBytes = C::promote ? C::warpgroups * 128 * kOuts * 4 : 0;
+  static constexpr int kKeysAt = kQueryBytes;
+  static constexpr int kValuesAt = kKeysAt + C::stages * kKeyBytes;
+  static constexpr int kMasterAt = kValuesAt + C::stages * kValueBytes;
+  static constexpr int kBarriersAt = kMasterAt + kMasterBytes;
+  static constexpr int kBytes = kBarriersAt + (4 * C::stages + 1) * 8;
+  static constexpr int kProducerRegisters = C::warpgroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = C::warpgroups == 2 ? 240 : 160;
+  static_assert(kBytes <= 227 * 1024 && kValueBytes % 1024 == 0 &&
+                (C::warpgroups == 2 || C::warpgroups == 3));
+};
+
+// Shared-memory addresses of a block.
+template <class C>
+struct Shared {
+  uint32_t base;
+  using P = Plan<C>;
+  __device__ uint32_t queries(int warpgroup) const { return base + warpgroup * 64 * 128; }
+  __device__ uint32_t keys(int stage) const { return base + P::kKeysAt + stage * P::kKeyBytes; }
+  __device__ uint32_t values(int stage) const { return base + P::kValuesAt + stage * P::kValueBytes; }
+  __device__ uint32_t barrier(int index) const { return base + P::kBarriersAt + 8 * index; }
+  __device__ uint32_t queries_full() const { return barrier(4 * C::stages); }
+  __device__ uint32_t keys_full(int stage) const { return barrier(stage); }
+  __device__ uint32_t keys_empty(int stage) const { return barrier(C::stages + stage); }
+  __device__ uint32_t values_full(int stage) const { return barrier(2 * C::stages + stage); }
+  __device__ uint32_t values_empty(int stage) const { return barrier(3 * C::stages + stage); }
+};
+
+// The key tiles of one query tile, in order.
+template <class C>
+struct Tiles {
+  const int* list;
+  int count;
+
+  __device__ Tiles(const Params& p, int head, int query_tile) {
+    if constexpr (C::sparse) {
+      const int row = head * gridDim.x + query_tile;
+      list = p.key_tiles + int64_t{row} * p.key_capacity;
+      count = p.key_counts[row];
+    } else {
+      list = nullptr;
+      count = (p.num_keys + C::keys - 1) / C::keys;
+    }
+  }
+  __device__ int operator[](int i) const {
+    if constexpr (C::sparse) return __ldg(list + i);
+    return i;
+  }
+};
+
+template <class C>
+__device__ void produce(const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
+                        const Shared<C>& shared, const Tiles<C>& tiles, int head, int query_tile) {
+  using P = Plan<C>;
+  barrier_expect(shared.queries_full(), P::kQueryBytes);
+  copy_box(shared.base, q_map, shared.queries_full(), 0, head, query_tile * P::kQueries);
+  for (int i = 0; i < tiles.count; ++i) {
+    const int stage = i % C::stages, first_key = tiles[i] * C::keys;
+    const uint32_t free = (i / C::stages & 1) ^ 1;
+    barrier_wait(shared.keys_empty(stage), free);
+    barrier_expect(shared.keys_full(stage), P::kKeyBytes);
+    copy_box(shared.keys(stage), k_map, shared.keys_full(stage), 0, head, first_key);
+    barrier_wait(shared.values_empty(stage), free);
+    barrier_expect(shared.values_full(stage), 128 * C::keys);
+#pragma unroll
+    for (int chunk = 0; chunk < C::keys / P::kValueRowBytes; ++chunk)
+      copy_box(shared.values(stage) + chunk * P::kValueChunk, v_map, shared.values_full(stage),
+               first_key + chunk * P::kValueRowBytes, 0, head);
+  }
+}
+
+}  // namespace cosmos_fast::attention8

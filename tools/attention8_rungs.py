@@ -1,0 +1,171 @@
+"""Versions of the 8-bit attention kernel for `bench_attention8.py`: what each is, how it is compiled and called.
+
+A rung is csrc/attention8_rung.cu with the members of `Config` that it changes, compiled alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One version: the members of Config that differ, as C++ and as the shapes that a caller must know."""
+
+    name: str
+    schedule: str = "Serial"
+    warpgroups: int = 2
+    keys: int = 128
+    stages: int = 4
+    turns: bool = False
+    poly: int = 0
+    promote: int = 0
+    ones: bool = False
+    q_registers: bool = False
+    sparse: bool = False
+
+    @property
+    def queries(self) -> int:
+        return 64 * self.warpgroups
+
+    def source(self) -> str:
+        numbers = {n: getattr(self, n) for n in ("warpgroups", "keys", "stages", "poly", "promote")}
+        flags = {n: str(getattr(self, n)).lower() for n in ("turns", "ones", "q_registers", "sparse")}
+        members = [f"static constexpr int {n} = {v};" for n, v in numbers.items()]
+        members += [f"static constexpr bool {n} = {v};" for n, v in flags.items()]
+        members.append(f"static constexpr Schedule schedule = Schedule::k{self.schedule};")
+        return f'#define COSMOS_FAST_RUNG {" ".join(members)}\n#include "attention8_rung.cu"\n'
+
+
+RUNGS = (
+    Rung("serial"),
+    Rung("overlap", "Overlap"),
+    Rung("overlap_turns", "Overlap", turns=True),
+    Rung("deep", "Deep"),
+    Rung("deep_turns", "Deep", turns=True),
+    Rung("deep_poly1", "Deep", poly=1),
+    Rung("deep_poly2", "Deep", poly=2),
+    Rung("deep_64", "Deep", keys=64),
+    Rung("overlap_192_turns", "Overlap", keys=192, stages=3, turns=True),
+    Rung("overlap_q", "Overlap", q_registers=True, turns=True),
+    Rung("overlap_ones", "Overlap", ones=True, turns=True),
+    Rung("overlap_poly2", "Overlap", poly=2, turns=True),
+    Rung("overlap_promote", "Overlap", promote=16, turns=True),
+    Rung("serial_3", warpgroups=3, stages=4),
+    Rung("overlap_3_96", "Overlap", warpgroups=3, keys=96),
+    Rung("overlap_3_96_turns", "Overlap", warpgroups=3, keys=96, turns=True),
+    Rung("overlap_3_64", "Overlap", warpgroups=3, keys=64),
+    Rung("overlap_sparse", "Overlap", sparse=True, turns=True),
+    Rung("deep_sparse", "Deep", sparse=True),
+)
+
+
+class Args(ctypes.Structure):
+    """Attention8Args of csrc/attention8.h, member for member."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "q_scale", "k_scale", "v_scale")),
+        *((name, ctypes.c_void_p) for name in ("v_mean", "key_tiles", "key_counts")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_queries", "num_keys", "q_row", "q_head", "k_row", "k_head")
+        ),
+        *((name, ctypes.c_int64) for name in ("v_row", "out_row", "out_head")),
+        *((name, ctypes.c_int) for name in ("num_heads", "q_scale_head", "k_scale_head", "q_scale_rows")),
+        ("k_scale_blocks", ctypes.c_bool),
+        ("key_capacity", ctypes.c_int),
+        ("softmax_scale", ctypes.c_float),
+    ]
+
+
+# --- building ------------------------------------------------------------------------------------------
+
+
+def library(rung: Rung, folder: Path) -> Path:
+    return folder / f"{rung.name}.so"
+
+
+def fresh(rung: Rung, folder: Path) -> bool:
+    source, built = folder / f"{rung.name}.cu", library(rung, folder)
+    if not built.exists() or not source.exists() or source.read_text() != rung.source():
+        return False
+    try:
+        ctypes.CDLL(str(built))  # built on another system, it may not load on this one
+    except OSError:
+        return False
+    stamp = folder / f"{rung.name}.stamp"
+    return stamp.exists() and stamp.read_text() == stamp_of_sources()
+
+
+def stamp_of_sources() -> str:
+    """What the sources are, by content: times do not survive a copy of the tree."""
+    csrc = ROOT / "csrc"
+    names = ("attention8.h", "attention8_rung.cu", "hopper.cuh", "kernel_info.h")
+    paths = [*csrc.glob("attention8*.cuh"), *(csrc / name for name in names)]
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_rung(rung: Rung, folder: Path) -> str | None:
+    """None, or what the compiler said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / f"{rung.name}.cu"
+    source.write_text(rung.source())
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or f"{home}/bin/nvcc"
+    command = [
+        nvcc, "-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr",
+        "-Xptxas", "-v", "-I", str(ROOT / "csrc"), "-cudart", "static", "-shared",
+        "-Xcompiler", "-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc",
+        "-o", str(library(rung, folder)), str(source),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    (folder / f"{rung.name}.log").write_text(done.stdout + done.stderr)
+    if done.returncode != 0:
+        return (done.stdout + done.stderr)[-400:]
+    (folder / f"{rung.name}.stamp").write_text(stamp_of_sources())
+    return None
+
+
+def remarks(rung: Rung, folder: Path) -> str:
+    """What the compiler's report says of spills and of products that it made wait for each other."""
+    text = (folder / f"{rung.name}.log").read_text()
+    spills = [line.split(",")[1].strip() for line in text.splitlines() if "bytes spill stores" in line]
+    return " ".join([*spills[:1], *(["serialized"] if "serialized" in text else [])])
+
+
+def build(rungs: tuple[Rung, ...], folder: Path, workers: int) -> None:
+    stale = [rung for rung in rungs if not fresh(rung, folder)]
+    with ThreadPoolExecutor(workers) as pool:
+        for rung, fault in zip(stale, pool.map(lambda r: compile_rung(r, folder), stale), strict=True):
+            print(f"built {rung.name}: {fault or remarks(rung, folder)}", flush=True)
+
+
+# --- calling -------------------------------------------------------------------------------------------
+
+
+def caller(rung: Rung, folder: Path) -> Callable[[Args], None]:
+    import torch
+
+    shared = ctypes.CDLL(str(library(rung, folder)))
+    shared.attention8_error.restype = ctypes.c_char_p
+
+    def call(args: Args) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = shared.attention8_rung(ctypes.byref(args), stream)
+        if code != 0:
+            raise RuntimeError(f"launch: {shared.attention8_error(code).decode()}")
+
+    return call
