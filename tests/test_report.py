@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from composed import composed  # noqa: E402
+
 NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded", "fp8")
 README = "# Title\n" + "".join(
     f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
@@ -161,6 +165,41 @@ def test_figures_name_value_unit_file_and_peer(place: Path) -> None:
     }  # fmt: skip
     assert found["vae_encode_s"]["value"] == 1.5 and found["vae_decode_s"]["peer"] == {"diffusers": 5.5}
     assert found["call_error.exact"]["peer"]["reference_ops_bf16"] == 0.0071
+
+
+def test_an_added_up_job_says_so_and_a_small_kernel_is_beside_a_small_copy(place: Path) -> None:
+    newer = {"kind": "denoiser", "environment": environment("2026-02-01T00:00:00")}
+    case = {"variants": DENOISER["cases"]["720"]["variants"], "prepare_s": 0.5}
+    vae = {
+        "ours_encode": {"median_s": 2.0},
+        "ours_decode": {"median_s": 3.0},
+        "diffusers_decode": {"median_s": 9.0},
+    }
+    newer["composed_job"] = composed(case, 35, vae, "v.json")
+    newer["first"] = {
+        "cold": {"first_call": 9.5, "capture": 2.5},
+        "warm": {"first_call": 1.5, "capture": 2.25},
+    }
+    (place / "results" / "gpu-x" / "0-newer.json").write_text(json.dumps(newer))
+    small = {
+        "op": "patchify",
+        "case": "720p",
+        "candidate": "triton",
+        "ms": 0.01,
+        "copy_pct": 70.0,
+        "equal_copy_graph_pct": 96.0,
+    }
+    kernels = KERNELS | {"environment": environment("2026-02-01T00:00:00"), "rows": [small]}
+    (place / "results" / "gpu-x" / "0-kernels.json").write_text(json.dumps(kernels))
+    report(place)
+    text, found = (place / "README.md").read_text(), figures(place)
+    assert "| 35 steps, uninterrupted | 70 | 217.5 |" in text
+    assert "| ours, 35 steps, added up from measured calls | 70 | 228.0 | 0.50 |" in text  # 0.5 + 35 * 6.5
+    assert "| diffusers, 35 steps, added up from measured calls | 70 | 332.5 | 0.00 |" in text  # 70 * 4.75
+    assert found["job_added_up_s.exact"]["value"] == 233.0 and found["job_added_up_s.exact"]["peer"] == {}
+    assert (found["first_call_s.cold"]["value"], found["capture_s.warm"]["value"]) == (9.5, 2.25)
+    assert "| patchify, 720p | triton | 0.010 | 70; 96 of a copy as small |" in text
+    assert "seconds" not in composed(case, 4)["rows"]["ours"]
 
 
 def test_newest_result_wins_part_by_part(place: Path) -> None:
