@@ -38,7 +38,7 @@ LAUNCHES = 15
 L2_MULTIPLE = 3
 QUEUE_CYCLES = 500_000  # about 0.3 ms of sleep before each launch: Python is ahead, so its cost is not timed
 WARPS, BLOCKS = (1, 2, 4, 8, 16), (1024, 2048, 4096, 8192)
-FREE_BLOCK = {"gelu", "guided_unipc", "pixels", "normalized"}
+FREE_BLOCK = {"gelu", "gelu_fp8", "guided_unipc", "pixels", "normalized"}
 """Kernels whose block may be any power of two; of the others only the warps are free."""
 
 FP32 = {"unpatchify", "guided_unipc"}
@@ -47,6 +47,7 @@ FP32 = {"unpatchify", "guided_unipc"}
 FLOP: dict[str, Callable[..., int]] = dict.fromkeys(
     ("linear_gelu", "linear_head_norm"), lambda x, w, *_: 2 * x.shape[0] * x.shape[1] * w.shape[0]
 )
+FLOP["linear_gelu_fp8"] = lambda a, a_steps, steps, w, *_: 2 * a.shape[0] * a.shape[1] * w.shape[0]
 """Ops bound by arithmetic: how much of it they need, GELU and norms left out."""
 
 GEMM = 8192
@@ -295,7 +296,7 @@ def choices(op: str, args: tuple[Any, ...]) -> Iterator[tuple[str, dict[str, Any
 
 
 def fixed_block(op: str, args: tuple[Any, ...]) -> int:
-    if "adaln" in op or op == "residual":
+    if "adaln" in op or op in ("residual", "quantise"):
         return 1 << (args[0].shape[1] - 1).bit_length()
     return 1
 
