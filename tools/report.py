@@ -24,6 +24,7 @@ from typing import Any
 
 import report_embedded
 import report_fp8
+import report_job
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CARD = ROOT / "README.md", ROOT / "cosmos_fast" / "data" / "tiny" / "README.md"
@@ -213,28 +214,10 @@ def accuracy(r: Results) -> str | None:
 
 def job(r: Results) -> str | None:
     """One uninterrupted run where there is one, and what measured calls add up to, which says that it is no run."""
-    rows, notes = [], []
-    if (found := r.own("job")) is not None:
-        file, record, one = found
-        row = [
-            f"{one['steps']} steps, uninterrupted",
-            str(one["calls"]),
-            num(one["seconds"], 1),
-            num(one["prepare_s"], 2),
-        ]
-        rows.append([*row, num(one.get("peak_gib"), 1)])
-        notes.append(note(file, record))
-    if (found := r.own("composed_job")) is not None:
-        file, record, one = found
-        for name, parts in one["rows"].items():
-            label = f"{PEERS.get(name, name)}, {one['steps']} steps, added up from measured calls"
-            rows.append(
-                [label, str(one["calls"]), num(parts["denoise_s"], 1), num(parts["prepare_s"], 2), num(None)]
-            )
-        if note(file, record) not in notes:
-            notes.append(note(file, record))
-    head = ["denoising one clip, 93 frames, 720p", "calls", "s", "of it prepare", "peak GiB"]
-    return "\n\n".join([table(head, rows), *notes]) if rows else None
+    found = [one for key in ("job", "composed_job") if (one := r.own(key)) is not None]
+    rows = [row for _, _, part in found for row in report_job.rows(part, PEERS, num)]
+    notes = dict.fromkeys(note(file, record) for file, record, _ in found)
+    return "\n\n".join([table(report_job.HEAD, rows), *notes]) if rows else None
 
 
 def clip(r: Results) -> str | None:
@@ -360,13 +343,10 @@ def figures(results: list[Results]) -> dict[str, Result]:
                 put(f"{title}.exact", errors.pop("ours_bf16"), "1", found[0], errors)
         if (found := r.own("job")) is not None:
             put("denoise_clip_s.exact", found[2]["seconds"], "s", found[0])
-        if (found := r.own("composed_job")) is not None:
-            rows = {name: row["seconds"] for name, row in found[2]["rows"].items() if "seconds" in row}
-            put("job_added_up_s.exact", rows.pop("ours", None), "s", found[0], rows)
-        if (found := r.own("first")) is not None:
-            for name, one in found[2].items():
-                put(f"first_call_s.{name}", one["first_call"], "s", found[0])
-                put(f"capture_s.{name}", one["capture"], "s", found[0])
+        for key in ("composed_job", "first"):
+            if (found := r.own(key)) is not None:
+                for name, value, peer in report_job.figures(key, found[2]):
+                    put(name, value, "s", found[0], peer)
         if (found := r.own("clips", "pipeline")) is not None:
             stages = found[2][-1]["stages"].values()
             put("clip_s.exact", sum(stage["seconds"] for stage in stages), "s", found[0])
