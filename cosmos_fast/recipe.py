@@ -133,6 +133,10 @@ class Plan:
             value = getattr(self, key)
             if type(value) is not int or value < 1:
                 raise ValueError(f"plan: {key} must be a positive number of {what}, got {value!r}.")
+        if self.vae_strips > 1 < self.context * self.cfg:
+            raise ValueError(
+                f"plan: vae_strips must be 1 where ranks share a clip, got {self.vae_strips}. Each takes a strip of its own."
+            )
         if self.vae_strips > 1 < self.vae_encode_batch:
             raise ValueError(
                 f"plan: vae_encode_batch must be 1 with vae_strips, got {self.vae_encode_batch}. One saves the memory "

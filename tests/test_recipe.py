@@ -19,12 +19,14 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
     assert Plan(device="cuda:1").to_dict()["device"] == "cuda:1" and "\n" not in str(Plan())
     for bad in (
         {"device": "tpu"}, {"device": "cuda:x"}, {"context": 0}, {"context": 2.0}, {"cfg": 3}, {"cfg": True},
-        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0}, {"graphs": 1}, {"vae_encode_batch": 0}, {"vae_strips": 1.5}, {"vae_encode_batch": 2, "vae_strips": 2},
+        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0}, {"graphs": 1}, {"vae_encode_batch": 0}, {"vae_strips": 1.5}, {"vae_encode_batch": 2, "vae_strips": 2}, {"vae_strips": 2, "cfg": 2},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"plan: {next(iter(bad))} must be"):
             Plan(**bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="plan: graphs need a CUDA device"):
         Plan(device="cpu", graphs=True)
+    with pytest.raises(ValueError, match="plan: graphs need context=1, got 2"):
+        Plan(graphs=True, context=2)
 
 
 def test_shares_of_steps_in_full_precision_do_not_overlap() -> None:
