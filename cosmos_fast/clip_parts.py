@@ -86,7 +86,8 @@ def last_frames(before: np.ndarray | None, frames: np.ndarray, count: int) -> np
 
 def joined(pieces: Iterable[Piece]) -> Iterator[Part]:
     """The parts that pieces make up, each as soon as its last window is there."""
-    opening, windows = None, []
+    opening: Opening | None = None
+    windows: list[np.ndarray] = []
     for piece in pieces:
         if isinstance(piece, Opening):
             opening, windows = piece, []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -36,11 +37,19 @@ class SharedVAEStage(VAEStage):
         if not self._cuts_pay([request for request in requests if request is not None]):
             whole = [None if request is None else partial(self.encode, request) for request in requests]
             return self.ranks.spread(whole, self.device)
-        cut = {i: self._strips(r.shape[1]) for i, r in enumerate(requests) if r is not None}
-        jobs = [partial(self._strip, requests[i], rows) for i, strips in cut.items() for rows in strips]
-        found = iter(self.ranks.spread(jobs, self.device))
-        parts = {i: [next(found) for _ in strips] for i, strips in cut.items()}
-        rest = [partial(self._rest, parts[i]) if i in parts else None for i in range(len(requests))]
+        jobs = [
+            partial(self._strip, request, rows)
+            for request in requests
+            if request is not None
+            for rows in self._strips(request.shape[1])
+        ]
+        found = (strip for strip in self.ranks.spread(jobs, self.device) if strip is not None)
+        rest = [
+            None
+            if request is None
+            else partial(self._rest, list(islice(found, len(self._strips(request.shape[1])))))
+            for request in requests
+        ]
         return self.ranks.spread(rest, self.device)
 
     def _cuts_pay(self, requests: Sequence[Request]) -> bool:
@@ -84,10 +93,9 @@ class SharedVAEStage(VAEStage):
         features = vae_strips.decode_start(self.vae, z, self.plan.vae_decode_window)
         cut = self._strips(h * scale)
         heights = [rows.count * scale for rows in cut] + [0] * (self.ranks.size - len(cut))
+        mine = self._nothing(z)
         if rank < len(cut):
             mine = (tile.x for tile in vae_strips.decode_strip(self.vae, features, cut[rank], h))
-        else:
-            mine = self._nothing(z)
         for x in mine:
             # Rows lead and channels come last while they travel: then every rank's part is one piece of memory.
             rows = torch.cat(self.ranks.gather(x.permute(3, 0, 2, 4, 1).contiguous(), heights))

@@ -50,13 +50,13 @@ class VAEStage:
             )
         bounds = windows(shape[0], self.plan.vae_encode_window)
         if len(bounds) == 1:  # no window after it that would need its history
-            return self.vae.encode(pixels(*bounds[0]), None)
-        return torch.cat(list(self.vae.encode_stream(pixels(*bound) for bound in bounds)), dim=2)
+            return self.vae.encode(pixels(*bounds[0], 0, shape[1]), None)
+        return torch.cat(list(self.vae.encode_stream(pixels(*bound, 0, shape[1]) for bound in bounds)), dim=2)
 
     def pixels(self, request: Request) -> Source:
         """The clips of a request on the device, piece by piece."""
 
-        def read(start: int, stop: int, top: int = 0, end: int | None = None) -> Tensor:
+        def read(start: int, stop: int, top: int, end: int) -> Tensor:
             scaled_in = request.scaled_in or self.dtype
             parts = [self._pixels(clip(start, stop)[:, top:end], scaled_in) for clip in request.clips]
             return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -18,6 +18,7 @@ from cosmos_fast.chunking import seed_chain
 from cosmos_fast.engine import Engine, Step
 from cosmos_fast.formats import ClipError, EnvironmentProblem, SpecError
 from cosmos_fast.text import TinyText
+from cosmos_fast.vae_stage import Request
 
 IMAGE: dict[str, Any] = {"num_video_frames_per_chunk": 1}
 
@@ -256,7 +257,9 @@ def test_guide_is_the_input_where_the_mask_is_white(
     assert not guide.weight_THW[:, :, :12].any() and (guide.weight_THW[:, :, 20:] == 1).all()
     with torch.inference_mode():
         source = part.source
-        x0 = edge._vae.encode([lambda start, stop: source[start:stop]], source.shape[:3], torch.float32)
+        x0 = edge._vae.encode(
+            Request([lambda start, stop: source[start:stop]], source.shape[:3], torch.float32)
+        )
     assert torch.equal(guide.x0_BCTHW, x0)
     assert part.guided is not None and part.guided.shape == (CHUNK, 256, 256)
 
