@@ -44,6 +44,10 @@ STALLED_S, STALLED_STEPS = 25.0, 8.0
 """A step is stuck after so many seconds and so many times the slowest one before it."""
 
 
+COLLECTIVE_S = 600.0
+"""Where no step is under way a rank that hangs is only missed in the next exchange. Longest honest wait: loading an encoder."""
+
+
 class Elsewhere(CosmosFastError):
     """The run ends for a reason that another rank tells; this one only takes its exit code."""
 
@@ -105,7 +109,9 @@ class Team(Solo):
         if self.layout.size == 1:
             return str(found)
         store = PrefixStore(f"world/{self.world}", connect(self.ranks, again=True))
-        join(Ranks(self.index, self.layout.size, self.ranks.local), found, store=store)
+        join(
+            Ranks(self.index, self.layout.size, self.ranks.local), found, timeout_s=COLLECTIVE_S, store=store
+        )
         return found.type
 
     # --- among all ranks ---

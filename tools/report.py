@@ -8,7 +8,7 @@ Results lie in bench/results/<gpu>/*.json. Each has `environment` (with `date`) 
 denoiser (tools/bench_denoiser.py): any of `cases` (name -> `variants`, of whole calls), `waterfall`, `trace`, `accuracy`,
 `block`, `job`, `composed_job`, `first`; vae: `cases` with the variants ours_encode, ours_decode, <peer>_encode, ...; pipeline: `clips`; prompt_encoder
 (tools/measure_text_memory.py): `modes`; embedded
-(tools/evaluate_model.py): `embedded`, `goals`; kernels, also where there is no `kind`: `rows`. Other kinds are shown in no
+(tools/evaluate_model.py): `embedded`, `goals`; scaling (tools/bench_scaling.py): `loops`, `distilled`; kernels, also where there is no `kind`: `rows`. Other kinds are shown in no
 table. What is shown of a GPU is the newest result that has it. Standard library only.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 import report_embedded
 import report_fp8
 import report_job
+import report_scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CARD = ROOT / "README.md", ROOT / "cosmos_fast" / "data" / "tiny" / "README.md"
@@ -263,16 +264,14 @@ def fp8(r: Results) -> str | None:
     """8-bit linear layers and attention: whole calls by recipe, then the parts of a block."""
     parts = (("call", report_fp8.call_table), ("linears", report_fp8.linear_table))
     found = [(make, one) for key, make in parts if (one := r.own(key, "fp8")) is not None]
-    return (
-        "\n\n".join(f"{table(*make(part))}\n\n{note(file, record)}" for make, (file, record, part) in found)
-        or None
-    )
+    shown = (f"{table(*make(part))}\n\n{note(file, record)}" for make, (file, record, part) in found)
+    return "\n\n".join(shown) or None
 
 
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
-    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded,
-    "fp8": fp8,
+    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8,
+    "scaling": lambda r: report_scaling.shown(r, table, note),
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
 
@@ -300,9 +299,8 @@ def fill(readme: str, results: list[Results]) -> str:
 
 def filled(path: Path, results: list[Results]) -> str:
     """A file with its tables filled, links to results as they are from there."""
-    up = "../" * (
-        len(path.resolve().parent.relative_to(ROOT).parts) if path.resolve().is_relative_to(ROOT) else 0
-    )
+    folder = path.resolve().parent
+    up = "../" * (len(folder.relative_to(ROOT).parts) if folder.is_relative_to(ROOT) else 0)
     text = fill(path.read_text(encoding="utf-8"), results)
     return text.replace("](bench/results/", f"]({up}bench/results/")
 
@@ -362,11 +360,13 @@ def figures(results: list[Results]) -> dict[str, Result]:
         for key, value, unit, peer in report_fp8.figures(call and call[2], linears and linears[2]):
             source = linears if key.startswith("linears") else call
             put(key, value, unit, source[0] if source else "", peer)
+        if (found := r.own("loops", "scaling")) is not None:
+            for key, gain in report_scaling.gains(found[1]).items():
+                put(f"scaling.{key}", gain, "x", found[0])
         if (found := r.case("720", "vae")) is not None:
             for part in ("encode", "decode"):
-                rows = {
-                    n.removesuffix(f"_{part}"): v["median_s"] for n, v in found[2].items() if n.endswith(part)
-                }
+                medians = {n: v["median_s"] for n, v in found[2].items() if n.endswith(part)}
+                rows = {n.removesuffix(f"_{part}"): seconds for n, seconds in medians.items()}
                 put(f"vae_{part}_s", rows.pop("ours", None), "s", found[0], rows)
     return out
 

@@ -1,0 +1,155 @@
+"""The arithmetic of tools/scaling.py, and what a trace says of exchanges that are hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
+
+import report_scaling  # noqa: E402
+import scaling  # noqa: E402
+import scaling_trace  # noqa: E402
+from scaling import Rates, clip_s, exchange_bytes, exchange_s, send_s, step  # noqa: E402
+
+RATES = Rates(
+    attention_s=2.7, product_s=0.45, pointwise_s=0.07, gaps_s=0.002, pair_s=6.26, vae_s=6.0, fixed_s=1.0
+)
+
+
+def test_bytes_of_an_exchange() -> None:
+    assert exchange_bytes(1) == 0
+    assert exchange_bytes(2) == 84480 * 2048 * 2  # half of q, k, v and the result of half of the tokens
+    assert round(exchange_bytes(8) / 1e6) == 151
+
+
+def test_sending_is_as_slow_as_the_slower_of_both_ways() -> None:
+    rates = Rates(1, 1, 1, 0, 6, link=100, network=10)
+    assert send_s(7e9, 0, 0, rates) == 0.0
+    assert send_s(7e9, 7, 7, rates) == pytest.approx(0.07)
+    assert send_s(15e9, 15, 7, rates) == pytest.approx(0.8)  # eight of fifteen parts leave the host
+
+
+def test_an_exchange_hides_under_the_attention_of_another_part() -> None:
+    whole = exchange_bytes(2) / (RATES.link * 1e9)
+    hidden, exposed = exchange_s(2, RATES)
+    assert hidden == pytest.approx(whole / 2) and exposed == pytest.approx(whole / 2)
+    assert exchange_s(2, RATES, parts=1) == (0.0, pytest.approx(whole))
+    # On a link so slow that attention ends first, only the attention of one part is there to hide under.
+    slow = Rates(2.7, 0.45, 0.07, 0.002, 6.26, link=1)
+    hidden, exposed = exchange_s(2, slow)
+    assert hidden == pytest.approx(2.7 / 32 / 2 / 2)
+    assert hidden + exposed == pytest.approx(exchange_bytes(2) / 1e9)
+    assert exchange_s(1, RATES) == (0.0, 0.0)
+
+
+def test_a_step_alone_is_what_was_measured() -> None:
+    assert step(1, 1, RATES).total_s == pytest.approx(RATES.pair_s)
+    assert step(1, 1, RATES, guided=False).total_s == pytest.approx(RATES.call_s)
+    assert clip_s(1, 1, RATES) == pytest.approx(35 * 6.26 + 7.0)
+    assert clip_s(1, 1, RATES, guided=False) == pytest.approx(4 * 3.222 + 7.0)
+
+
+def test_two_halves_share_nothing_and_exchange_a_velocity() -> None:
+    one = step(1, 2, RATES)
+    assert one.compute_s == pytest.approx(RATES.call_s - RATES.gaps_s)
+    assert one.exposed_s == pytest.approx(scaling.VELOCITY_BYTES / 350e9)
+    assert 1.9 < RATES.pair_s / one.total_s < 2
+    across = step(8, 2, RATES)  # the halves on two hosts
+    assert across.exposed_s == pytest.approx(32 * exchange_s(8, RATES)[1] + scaling.VELOCITY_BYTES / 45e9)
+
+
+def test_more_ranks_are_faster_and_never_more_than_so_many_times() -> None:
+    for guided in (True, False):
+        alone = step(1, 1, RATES, guided=guided).total_s
+        seen = [alone / step(context, 1, RATES, guided=guided).total_s for context in (2, 4, 8, 16)]
+        assert seen == sorted(seen) and all(
+            gain < ranks for gain, ranks in zip(seen, (2, 4, 8, 16), strict=True)
+        )
+    assert (
+        step(16, 1, RATES).exposed_s > step(8, 1, RATES).exposed_s
+    )  # the second host is behind a slower link
+
+
+def test_a_record_gives_rates_and_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record: dict[str, Any] = {
+        "kind": "scaling", "environment": {"date": "2026-01-01"}, "args": {},
+        "trace": {"ours": {"classes_ms": {"attention": 2700, "gemm": 450, "pointwise": 69, "copy": 1}, "idle_ms": 2}},
+        "loops": {"one": {"step_s": 6.26}, "context2": {"step_s": 3.2}}, "link": {"all_to_all_gb_s": 400.0},
+        "distilled": {"one": {"seconds": 20.0, "stages": {"text": 0.5, "encode": 2.0, "denoise": 13.0, "decode": 4.0}}},
+    }  # fmt: skip
+    rates = scaling.rates_of(record)
+    assert rates is not None
+    assert (rates.attention_s, rates.pointwise_s, rates.link) == (2.7, pytest.approx(0.07), 400.0)
+    assert (rates.vae_s, rates.fixed_s) == (6.0, 0.5)
+    assert scaling.measured_of(record) == {(True, 1, 1): 6.26, (True, 2, 1): 3.2}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(record))
+    assert scaling.main([str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "link measured" in shown and "3.200" in shown
+    assert scaling.rates_of({"args": {}}) is None
+    path.write_text(json.dumps({"environment": {}}))
+    assert scaling.main([str(path)]) == 2
+
+
+# --- traces ---
+
+
+def event(name: str, start: float, end: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": end - start}
+
+
+def test_overlap_counts_no_moment_twice() -> None:
+    events = [
+        event("attention", 0, 1000), event("gemm", 900, 2000), event("ncclDevKernel_SendRecv", 500, 1500),
+        event("ncclDevKernel_SendRecv", 2500, 3000), event("cudaLaunchKernel", 0, 9000, "cuda_runtime"),
+        event("Memcpy", 3100, 3200, "gpu_memcpy"),
+    ]  # fmt: skip
+    assert scaling_trace.overlap(events) == {
+        "compute_ms": 2.1, "communication_ms": 1.5, "hidden_ms": 1.0, "exposed_ms": 0.5, "idle_ms": 0.6, "span_ms": 3.2,
+    }  # fmt: skip
+    assert scaling_trace.overlap([]) == {}
+
+
+def test_gains_and_their_table() -> None:
+    loops: dict[str, Any] = {"one": {"step_s": 6.0}, "cfg2": {"step_s": 3.0, "sent_bytes_per_step": 2e9}}
+    clips: dict[str, Any] = {"one": {"seconds": 9.0}}
+    record = {"loops": loops, "distilled": clips, "overlap": {"cfg2": {"hidden_ms": 1.0}}}
+    assert report_scaling.gains(record) == {"cfg2": 2.0}
+    clips["context2"] = {"seconds": 4.5, "gpus": [{"sm_mhz": {"median": 1500.0}}, {}]}
+    assert report_scaling.gains(record) == {"cfg2": 2.0, "distilled2": 2.0}
+    rows = report_scaling.rows(record)
+    assert all(len(row) == len(report_scaling.HEAD) for row in rows) and len(rows) == 4
+    assert rows[1][1:6] == ["3.000", "2.00", "100", "2.00", "1.0"]
+    assert rows[2][2] == "–" and rows[3][2] == "2.00" and rows[3][-1] == "1500"
+
+
+def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.json"
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "bench_scaling.py"),
+        "--out",
+        str(out),
+        "--smoke",
+        "--rounds",
+        "1",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--only", "link,loops"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert {row["status"] for row in record["sections"].values()} == {"ok"}
+    assert record["equal"]["bitwise"]["cfg2"] and record["equal"]["relative_l2"]["context2"] < 0.05
+    assert record["loops"]["cfg2"]["sent_bytes_per_step"] == 16 * 3 * 8 * 12 * 4  # one velocity in fp32
+    assert record["loops"]["context2"]["sent_bytes_per_step"] > 0

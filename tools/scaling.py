@@ -1,0 +1,234 @@
+"""What a step takes on 1, 2, 4, 8 and 16 GPUs, by arithmetic from measured rates, beside what was measured.
+
+    python tools/scaling.py                     the newest record of every GPU kind in bench/results that has the rates
+    python tools/scaling.py RECORD.json         rates of this record (of bench_scaling.py, or bench_denoiser.py)
+    python tools/scaling.py --link 300 --network 40     GB/s a GPU sends within its host, and to others, where not measured
+
+A step is two passes of guidance over 93 frames at 720p, or one of the distilled network. Its time on a rank is
+
+    (attention + products + pointwise) / context + gaps + exchange that nothing hides + guidance exchange
+
+Every rank sends, per self-attention, the q, k and v of its tokens to those who have the heads and gets its tokens' sums
+back: 4 * L * D * 2 bytes * (P - 1) / P^2 with P = context. The heads go in `parts` pieces, and what is sent while another
+piece is attended is hidden as far as that attention is long enough. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+TOKENS, WIDTH, ATTENTIONS, SHARED = 84_480, 2_048, 32, 2
+"""Tokens, width, self-attentions of one pass, and how many of these both passes share on one rank."""
+VELOCITY_BYTES = 16 * 24 * 88 * 160 * 4
+BASE_STEPS, DISTILLED_STEPS = 35, 4
+LINK_GB_S, NETWORK_GB_S = 350.0, 45.0
+"""Assumed where not measured: what NCCL gets of an H100's NVLink in one direction, and of a 400 Gb/s port."""
+HOST = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on one GPU: of one pass by class, of both passes together, of the clip outside the steps.
+
+    fixed_s: what no rank shares: text, reading, writing. vae_s: encode and decode, which ranks share.
+    link, network: GB/s one GPU sends to others of its host and to other hosts, in one direction.
+    """
+
+    attention_s: float
+    product_s: float
+    pointwise_s: float
+    gaps_s: float
+    pair_s: float
+    vae_s: float = 0.0
+    fixed_s: float = 0.0
+    link: float = LINK_GB_S
+    network: float = NETWORK_GB_S
+    source: str = ""
+
+    @property
+    def call_s(self) -> float:
+        """One pass alone."""
+        return self.attention_s + self.product_s + self.pointwise_s + self.gaps_s
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the time of one step goes on a rank, in seconds; hidden_s is not part of the sum."""
+
+    compute_s: float
+    hidden_s: float
+    exposed_s: float
+    idle_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.exposed_s + self.idle_s
+
+
+def exchange_bytes(context: int) -> float:
+    """Bytes a rank sends for one self-attention: q, k, v out and the attended values back, in bf16."""
+    return 4 * TOKENS * WIDTH * 2 * (context - 1) / context**2
+
+
+def send_s(num_bytes: float, peers: int, here: int, rates: Rates) -> float:
+    """Seconds to send so many bytes evenly to `peers` others, `here` of them on this host; both ways at once."""
+    if peers == 0:
+        return 0.0
+    local = num_bytes * here / peers / (rates.link * 1e9)
+    away = num_bytes * (peers - here) / peers / (rates.network * 1e9)
+    return max(local, away)
+
+
+def exchange_s(context: int, rates: Rates, parts: int = 2, host: int = HOST) -> tuple[float, float]:
+    """(hidden, exposed) seconds of the exchanges of one self-attention on a rank."""
+    if context == 1:
+        return 0.0, 0.0
+    whole = send_s(exchange_bytes(context), context - 1, min(context, host) - 1, rates)
+    out, back = 3 / 4 * whole, 1 / 4 * whole
+    # The first piece is waited for, and the last to come back; what is between can lie under the attention of a piece.
+    bare = (out + back) / parts
+    between = (out + back) - bare
+    attention = rates.attention_s / ATTENTIONS / context * (parts - 1) / parts
+    hidden = min(between, attention)
+    return hidden, bare + between - hidden
+
+
+def step(
+    context: int, cfg: int, rates: Rates, *, guided: bool = True, parts: int = 2, host: int = HOST
+) -> Step:
+    """One step on context * cfg ranks. cfg=2 puts the passes on two halves: nothing of them is shared then."""
+    together = guided and cfg == 1
+    busy = rates.pair_s - 2 * rates.gaps_s if together else rates.call_s - rates.gaps_s
+    exchanges = 2 * ATTENTIONS - SHARED if together else ATTENTIONS
+    hidden, exposed = (exchanges * s for s in exchange_s(context, rates, parts, host))
+    if guided and cfg == 2:
+        peers_here = 1 if 2 * context <= host else 0
+        exposed += send_s(VELOCITY_BYTES, 1, peers_here, rates)
+    return Step(busy / context, hidden, exposed, rates.gaps_s * (2 if together else 1))
+
+
+def clip_s(
+    context: int, cfg: int, rates: Rates, *, guided: bool = True, steps: int | None = None, host: int = HOST
+) -> float:
+    """Seconds of one clip from request to file."""
+    count = steps or (BASE_STEPS if guided else DISTILLED_STEPS)
+    one = step(context, cfg, rates, guided=guided, host=host)
+    return count * one.total_s + rates.vae_s / (context * cfg) + rates.fixed_s
+
+
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (16, 1))
+"""(context, cfg): 1 to 8 GPUs of a host, then 16 of two."""
+
+
+def table(rates: Rates, measured: dict[tuple[bool, int, int], float], *, guided: bool) -> str:
+    """Rows by layout: seconds of a step by kind, speed over one GPU, and the measured step."""
+    lines = [
+        f"{'GPUs':>5} {'context':>8} {'cfg':>4} {'compute':>9} {'hidden':>8} {'exposed':>8} {'gaps':>7} {'step s':>8} "
+        f"{'x':>6} {'eff %':>6} {'clip s':>8} {'measured':>9} {'off %':>6}"
+    ]
+    alone = step(1, 1, rates, guided=guided).total_s
+    for context, cfg in LAYOUTS:
+        if cfg == 2 and not guided:
+            continue
+        one, ranks = step(context, cfg, rates, guided=guided), context * cfg
+        gain = alone / one.total_s
+        found = measured.get((guided, context, cfg))
+        seen = f"{found:>9.3f} {100 * (one.total_s / found - 1):>6.1f}" if found else f"{'-':>9} {'-':>6}"
+        lines.append(
+            f"{ranks:>5} {context:>8} {cfg:>4} {one.compute_s:>9.3f} {one.hidden_s:>8.3f} {one.exposed_s:>8.3f} "
+            f"{one.idle_s:>7.4f} {one.total_s:>8.3f} {gain:>6.2f} {100 * gain / ranks:>6.1f} "
+            f"{clip_s(context, cfg, rates, guided=guided):>8.1f} {seen}"
+        )
+    return "\n".join(lines)
+
+
+# --- records ---------------------------------------------------------------------------------------
+
+
+def rates_of(record: dict[str, Any], link: float | None = None, network: float | None = None) -> Rates | None:
+    """Rates of a record of bench_scaling.py or bench_denoiser.py; None if it lacks them. Given links win."""
+    trace, rows = record.get("trace", {}), record.get("cases", {}).get("720", {}).get("variants", {})
+    if record.get("args", {}).get("smoke") == "True" or "ours" not in trace:
+        return None
+    pair_s = rows.get("ours_pair", {}).get("median_s") or record.get("loops", {}).get("one", {}).get("step_s")
+    if pair_s is None:
+        return None
+    classes = trace["ours"]["classes_ms"]
+    found = record.get("link", {}).get("all_to_all_gb_s")
+    stages = record.get("distilled", {}).get("one", {}).get("stages", {})
+    return Rates(
+        attention_s=classes["attention"] / 1e3, product_s=classes["gemm"] / 1e3,
+        pointwise_s=(classes["pointwise"] + classes["copy"]) / 1e3, gaps_s=trace["ours"]["idle_ms"] / 1e3,
+        pair_s=pair_s, vae_s=sum(stages.get(s, 0.0) for s in ("encode", "decode")),
+        fixed_s=sum(s for name, s in stages.items() if name not in ("encode", "decode", "denoise")),
+        link=link or found or LINK_GB_S, network=network or NETWORK_GB_S,
+        source=f"link {'given' if link else 'measured' if found else 'assumed'}, network {'given' if network else 'assumed'}",
+    )  # fmt: skip
+
+
+LOOPS = {"one": (True, 1, 1), "cfg2": (True, 1, 2), "context2": (True, 2, 1), "distilled_one": (False, 1, 1),
+         "distilled_context2": (False, 2, 1)}  # fmt: skip
+"""(guided, context, cfg) of the loops that bench_scaling.py times."""
+
+
+def measured_of(record: dict[str, Any]) -> dict[tuple[bool, int, int], float]:
+    """Seconds of a step by (guided, context, cfg)."""
+    loops = record.get("loops", {})
+    return {key: loops[name]["step_s"] for name, key in LOOPS.items() if "step_s" in loops.get(name, {})}
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest record of one GPU kind with the rates; of one that also has several GPUs, if there is one."""
+    found = []
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if rates_of(record) is not None:
+            found.append((record.get("kind") == "scaling", str(record["environment"]["date"]), path, record))
+    return max(found, key=lambda item: item[:2])[2:] if found else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("record", type=Path, nargs="?")
+    parser.add_argument("--link", type=float, help="GB/s a GPU sends within its host, one direction")
+    parser.add_argument("--network", type=float, help="GB/s a GPU sends to other hosts")
+    parser.add_argument("--json", action="store_true", help="one JSON object per layout instead of tables")
+    args = parser.parse_args(argv)
+    if args.record:
+        chosen = [(args.record, json.loads(args.record.read_text(encoding="utf-8")))]
+    else:
+        folders = sorted(p for p in RESULTS.iterdir() if p.is_dir())
+        chosen = [found for folder in folders if (found := newest(folder)) is not None]
+    for path, record in chosen:
+        rates = rates_of(record, args.link, args.network)
+        if rates is None:
+            print(
+                f"scaling: {path}: must have the trace and the time of one step, got neither.",
+                file=sys.stderr,
+            )
+            return 2
+        for guided in (True, False):
+            if args.json:
+                for context, cfg in LAYOUTS:
+                    if guided or cfg == 1:
+                        one = step(context, cfg, rates, guided=guided)
+                        print(json.dumps({"guided": guided, "context": context, "cfg": cfg} | asdict(one)))
+            else:
+                what = "base, two passes a step" if guided else "distilled, one pass a step"
+                print(
+                    f"{path.name}: {what}; {rates.link:.0f} GB/s in a host, {rates.network:.0f} beyond ({rates.source})"
+                )
+                print(table(rates, measured_of(record), guided=guided) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""How much of the communication in a trace lies under computation, and how much nothing hides."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Span = tuple[float, float]
+COMMUNICATION = re.compile(r"nccl", re.IGNORECASE)
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time, no moment twice, in order."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(spans: Iterable[Span]) -> float:
+    return sum(end - start for start, end in spans)
+
+
+def shared(one: list[Span], other: list[Span]) -> float:
+    """Time in both unions."""
+    return length(one) + length(other) - length(union([*one, *other]))
+
+
+def overlap(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of one call, from a Chrome trace: compute, communication, its hidden and exposed part, idle, span.
+
+    Communication counts while its kernels run, waiting for the other rank included.
+    """
+    ran = [e for e in events if e.get("ph") == "X" and e.get("cat") in ON_DEVICE]
+    if not ran:
+        return {}
+    spans: dict[bool, list[Span]] = {True: [], False: []}
+    for e in ran:
+        spans[bool(COMMUNICATION.search(e["name"]))].append((e["ts"], e["ts"] + e["dur"]))
+    sent, computed = union(spans[True]), union(spans[False])
+    hidden, busy = shared(sent, computed), union([*sent, *computed])
+    span = busy[-1][1] - busy[0][0]
+    microseconds = {
+        "compute_ms": length(computed), "communication_ms": length(sent), "hidden_ms": hidden,
+        "exposed_ms": length(sent) - hidden, "idle_ms": span - length(busy), "span_ms": span,
+    }  # fmt: skip
+    return {name: value / 1e3 for name, value in microseconds.items()}
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
+    """Trace events of one call; on a CPU none are of a device."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    if cuda:
+        with profile(activities=activities):  # the first profile of a process pays for starting CUPTI
+            torch.ones(1, device=device)
+            torch.cuda.synchronize()
+    with profile(activities=activities) as done:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        done.export_chrome_trace(str(path))
+        return list(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
