@@ -24,6 +24,7 @@ from typing import Any
 
 import report_embedded
 import report_fp8
+import report_vae
 import report_job
 import report_scaling
 
@@ -268,9 +269,15 @@ def fp8(r: Results) -> str | None:
     return "\n\n".join(shown) or None
 
 
+def vae(r: Results) -> str | None:
+    if (found := r.case("720", "vae")) is None:
+        return None
+    return "\n\n".join([*(table(*one) for one in report_vae.tables(found[1])), note(*found[:2])])
+
+
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
-    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8,
+    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8, "vae": vae,
     "scaling": lambda r: report_scaling.shown(r, table, note),
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
@@ -364,10 +371,8 @@ def figures(results: list[Results]) -> dict[str, Result]:
             for key, gain in report_scaling.gains(found[1]).items():
                 put(f"scaling.{key}", gain, "x", found[0])
         if (found := r.case("720", "vae")) is not None:
-            for part in ("encode", "decode"):
-                medians = {n: v["median_s"] for n, v in found[2].items() if n.endswith(part)}
-                rows = {n.removesuffix(f"_{part}"): seconds for n, seconds in medians.items()}
-                put(f"vae_{part}_s", rows.pop("ours", None), "s", found[0], rows)
+            for key, value, unit, peer in report_vae.figures(found[1]):
+                put(key, value, unit, found[0], peer)
     return out
 
 
