@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from composed import composed  # noqa: E402
 
-NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded", "fp8")
+NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded", "fp8", "vae")
 README = "# Title\n" + "".join(
     f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
 )
@@ -52,7 +52,16 @@ PIPELINE = {"kind": "pipeline", "model": "edge", "steps": [2], "environment": en
 ]}  # fmt: skip
 VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases": {"720": {"variants": {
     "ours_encode": {"median_s": 1.5}, "ours_decode": {"median_s": 2.5}, "diffusers_decode": {"median_s": 5.5},
-}}}}  # fmt: skip
+}}},
+    "stages": {"decode": {"seconds": 2.5, "rest_s": 0.01, "rows": {"704 rows": {"seconds": 0.5, "tflop_s": 500.0, "floor_share": 0.625}}}},
+    "windows": {"decode, window 1": {"seconds": 2.5, "call_gib": 5.25}, "decode, 4 strips": {"seconds": 3.0, "call_gib": 2.25, "told_gib": 2.0},
+                "decode, window 4": {"error": "out of memory"}},
+    "accuracy": {"size": [17, 352, 640], "fp32_max_difference": {"encode, window 1": 1e-6, "encode, window 4": 2e-6, "decode, window 1": 3e-6},
+                 "bf16_relative_l2": {"ours_encode": 0.01, "ours_decode": 0.02, "diffusers_encode": 0.03, "diffusers_decode": 0.04}},
+    "clip": {"cpus": 16, "last_step_to_mp4_s": 2.25, "runs": [
+        {"last_step_to_mp4_s": 3.5, "stages": {"decode": {"seconds": 3.0}, "write": {"seconds": 0.5}}},
+        {"last_step_to_mp4_s": 2.25, "stages": {"decode": {"seconds": 1.75}, "write": {"seconds": 0.375, "beside_s": 1.5}}}]},
+}  # fmt: skip
 
 FP8 = {"kind": "fp8", "environment": environment("2026-01-03T00:00:00"),
     "call": {
@@ -137,6 +146,21 @@ def test_8_bit_calls_and_layers_beside_their_peers(place: Path) -> None:
         and found["linears_ms.fp8"]["peer"]["te, current scaling"] == 11.5
     )
     assert found["denoiser_weights_gib.fp8"]["value"] == 2.875
+
+
+def test_the_vae_beside_its_peers_with_stages_windows_errors_and_a_clips_end(place: Path) -> None:
+    report(place)
+    text = (place / "README.md").read_text()
+    assert "| decode, ours | 2.500 | 1.00 | – | – | – |" in text
+    assert "| decode, diffusers | 5.500 | 2.20 | – | – | – |" in text
+    assert "| decode, 704 rows | 500.0 | 500 | 62 |" in text and "| decode, the rest | 10.0 | – | – |" in text
+    assert "| decode, 4 strips | 3.000 | 2.25 | 2.00 |" in text and "window 4" not in text
+    assert "| encode, 17 x 352 x 640 | 2.0e-06 | 1.00e-02 | 3.00e-02 |" in text
+    assert "| 2.25 | 1.75 | 0.38 | 1.50 | 16 |" in text
+    found = figures(place)
+    assert found["vae_decode_s"]["peer"] == {"diffusers": 5.5} and found["last_step_to_mp4_s"]["value"] == 2.25
+    assert found["vae_decode_peak_gib.strips"]["value"] == 2.25
+    assert found["vae_encode_error"]["peer"] == {"diffusers": 0.03}
 
 
 def test_check_notices_a_stale_readme_and_leaves_it(place: Path) -> None:

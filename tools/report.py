@@ -24,9 +24,9 @@ from typing import Any
 
 import report_embedded
 import report_fp8
-import report_vae
 import report_job
 import report_scaling
+import report_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CARD = ROOT / "README.md", ROOT / "cosmos_fast" / "data" / "tiny" / "README.md"
@@ -269,16 +269,10 @@ def fp8(r: Results) -> str | None:
     return "\n\n".join(shown) or None
 
 
-def vae(r: Results) -> str | None:
-    if (found := r.case("720", "vae")) is None:
-        return None
-    return "\n\n".join([*(table(*one) for one in report_vae.tables(found[1])), note(*found[:2])])
-
-
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
-    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8, "vae": vae,
-    "scaling": lambda r: report_scaling.shown(r, table, note),
+    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8,
+    "scaling": lambda r: report_scaling.shown(r, table, note), "vae": lambda r: report_vae.shown(r, table, note),
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
 

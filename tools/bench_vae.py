@@ -1,0 +1,333 @@
+"""Time, memory and error of the video VAE beside diffusers', in one process on one GPU, and from last step to mp4.
+
+    python tools/bench_vae.py --out bench/results            everything, under 150 s on an H100
+    python tools/bench_vae.py --out F.json --only main,clip --skip-peers
+    python tools/bench_vae.py --smoke --out /tmp/f.json      the same code on a CPU, tiny sizes
+
+Random weights of the published shape. Sections: main (encode and decode of 93 frames at 704 x 1280 in turns with
+diffusers' AutoencoderKLWan, stock and channels last), stages (each against its FLOP at the GEMM rate), clip (a clip
+through the engine, from its last denoising step to the finished mp4), accuracy (fp32 and bf16 beside diffusers'), windows
+(time and memory by window, and in strips for small cards), strips (equal to the whole picture), encoder (x264 alone). The
+file is rewritten after every section; one that fails does not stop the next, and none starts after the deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
+
+import roofline  # noqa: E402
+from bench_denoiser import destination  # noqa: E402
+from published import relative_l2  # noqa: E402
+from vae import PARTS, Diffusers, VAEBench, build, stages, timed_stages  # noqa: E402
+from vae_clip import clip, encoder  # noqa: E402
+
+from conftest import environment  # noqa: E402
+from cosmos_fast import ops, testing, vae_strips  # noqa: E402
+from cosmos_fast.vae import flops  # noqa: E402
+from cosmos_fast.vae_rows import strip_flops, strip_memory  # noqa: E402
+
+SECTIONS = ("main", "stages", "clip", "accuracy", "windows", "strips", "encoder")
+PEERS = {"diffusers": False, "diffusers_channels_last": True}
+STRIPS = 4
+
+# --- sections --------------------------------------------------------------------------------------
+
+
+def main_case(b: VAEBench) -> None:
+    """Encode and decode of the main clip, ours and the peers in turns. A short clip warms up: windows have one shape."""
+    x, z = b.clip(), b.latent()
+    short = 9
+    calls: dict[str, Callable[[], Any]] = {
+        "ours_encode": lambda: b.vae.encode(x, 4), "ours_decode": b.decode_all(z, 1),
+    }  # fmt: skip
+    first = {
+        "ours_encode": b.timed(lambda: b.vae.encode(x[:, :, :short], 4)),
+        "ours_decode": b.timed(b.decode_all(z[:, :, :3], 1)),
+    }
+    memory = {name: b.memory(call) for name, call in calls.items()}
+    rows = b.interleave(calls, b.args.rounds, "main", settle_s=1.0)
+    b.record["cases"]["720"] = case = {
+        "size": b.size,
+        "flop": flops(b.config, *b.size),
+        "first_call_s": first,
+    }
+    if not b.args.skip_peers:
+        for name, is_last in PEERS.items():
+            try:
+                peer = Diffusers(b.config, b.state, torch.bfloat16, is_last)
+                theirs = {
+                    f"{name}_encode": lambda p=peer: p.encode(x),
+                    f"{name}_decode": lambda p=peer: p.decode(z),
+                }
+                b.timed(lambda p=peer: p.encode(x[:, :, :short]))
+                b.timed(lambda p=peer: p.decode(z[:, :, :3]))
+                memory |= {key: b.memory(call) for key, call in theirs.items()}
+                # Ours once more in between: the peers are timed at the clocks that they leave.
+                again = b.interleave(calls | theirs, b.args.peer_rounds, f"main/{name}", settle_s=0.0)
+                for key, row in again.items():
+                    rows.setdefault(key, row)
+                    if key in calls:
+                        rows[key].setdefault("runs_beside_peers_s", []).extend(row["runs_s"])
+            except Exception as error:  # a peer that does not run must not lose ours
+                case.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:500]
+                traceback.print_exc()
+            peer, theirs = None, {}
+            b.clear()
+    for key, row in rows.items():
+        b.row(row, flops(b.config, *b.size)[PARTS.index(key.rpartition("_")[2])], memory.get(key, {}))
+    case["variants"] = rows
+
+
+def by_stage(b: VAEBench) -> None:
+    """Seconds of every stage of a whole encode and decode, and their floor: FLOP at the measured GEMM rate."""
+    if b.device.type != "cuda":
+        return
+    x, z = b.clip(), b.latent()
+    calls = {"encode": lambda: b.vae.encode(x, 4), "decode": b.decode_all(z, 1)}
+    b.record["stages"] = {}
+    for part, call in calls.items():
+        found = stages(b.vae, part, b.size)
+        call()
+        with timed_stages(found) as marks:
+            seconds = b.timed(call)
+        rows: dict[str, Any] = {}
+        for name, (_, flop) in found.items():
+            spent = sum(start.elapsed_time(end) for start, end in marks[name]) / 1e3
+            rows[name] = {"seconds": spent, "tflop": flop / 1e12, "tflop_s": flop / spent / 1e12}
+            if b.peaks is not None:
+                rows[name]["floor_share"] = flop / (b.peaks.bf16_tflop_s * 1e12) / spent
+        rest = seconds - sum(row["seconds"] for row in rows.values())
+        b.record["stages"][part] = {"seconds": seconds, "rest_s": rest, "rows": rows}
+
+
+def windows(b: VAEBench) -> None:
+    """Time and memory of one call by window, and in strips."""
+    x, z = b.clip(), b.latent()
+    frames, height, width = b.size
+
+    def read(start: int, stop: int, top: int, end: int) -> Tensor:
+        return x[:, :, start:stop, top:end]
+
+    def in_strips() -> None:
+        for tile in vae_strips.decode(b.vae, z, 1, STRIPS):
+            del tile
+
+    calls: dict[str, Callable[[], Any]] = {f"decode, window {n}": b.decode_all(z, n) for n in (1, 2, 4)}
+    calls |= {f"encode, window {n}": lambda n=n: b.vae.encode(x, n) for n in (4, 8, 16)}
+    calls[f"decode, {STRIPS} strips"] = in_strips
+    calls[f"encode, {STRIPS} strips"] = lambda: vae_strips.encode(
+        b.vae, read, (frames, height, width), 4, STRIPS
+    )
+    b.record["windows"] = rows = {}
+    share = {  # arithmetic in strips over that of the whole picture
+        part: 1 + (strip_flops(*b.size, STRIPS, b.config)[i] - strip_flops(*b.size, 1, b.config)[i]) / flops(b.config, *b.size)[i]
+        for i, part in enumerate(PARTS)
+    }  # fmt: skip
+    for name, call in calls.items():
+        if b.is_late():
+            return
+        try:
+            held = b.memory(call)  # and makes kernels and plans for this window
+            with b.watch(f"windows/{name}"):
+                seconds = b.timed(call)
+        except torch.OutOfMemoryError as error:
+            rows[name] = {"error": str(error)[:200]}
+            b.clear()
+            continue
+        part = name[:6]
+        rows[name] = {"seconds": seconds, "gpu": b.watch.summary(f"windows/{name}")}
+        if held:
+            rows[name] |= held | {"call_gib": held["peak_gib"] - held["resident_gib"]}
+        if "strips" in name:
+            told = strip_memory(height, width, 4, 1, STRIPS, b.config)[PARTS.index(part)]
+            rows[name] |= {"flop_over_whole": share[part], "told_gib": 2 * told / 2**30}
+        print(f"  {name:<22}{seconds:8.3f} s  {rows[name].get('call_gib', 0):6.2f} GiB", flush=True)
+
+
+def accuracy(b: VAEBench) -> None:
+    """fp32 of ours against diffusers', by window; bf16 of both against diffusers' fp32."""
+    x, z = b.clip(b.small, torch.float32), b.latent(b.small, torch.float32)
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        peer = Diffusers(b.config, b.state, torch.float32, False)
+        exact = {"encode": peer.encode(x), "decode": peer.decode(z)}
+        del peer
+        ours = build(b.config, b.state, torch.float32)
+        found: dict[str, Any] = {"fp32_max_difference": {}, "bf16_relative_l2": {}}
+        for window in (1, 4, 16, None):
+            frames = None if window is None else 4 * window
+            for part, y in (
+                ("encode", ours.encode(x, frames)),
+                ("decode", ours.decode(z, window).clamp_(-1, 1)),
+            ):
+                found["fp32_max_difference"][f"{part}, window {window or 'whole'}"] = float(
+                    (y - exact[part]).abs().max()
+                )
+        del ours
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+    b.clear()
+    peer = Diffusers(b.config, b.state, torch.bfloat16, False)
+    low_x, low_z = x.bfloat16(), z.bfloat16()
+    for name, encode, decode in (
+        ("ours", lambda: b.vae.encode(low_x, 4), lambda: b.vae.decode(low_z, 1).clamp_(-1, 1)),
+        ("diffusers", lambda: peer.encode(low_x), lambda: peer.decode(low_z)),
+    ):
+        for part, call in (("encode", encode), ("decode", decode)):
+            found["bf16_relative_l2"][f"{name}_{part}"] = relative_l2(call(), exact[part])
+    errors = found["bf16_relative_l2"]
+    found |= {
+        f"ours_over_diffusers_{part}": errors[f"ours_{part}"] / errors[f"diffusers_{part}"] for part in PARTS
+    }
+    b.record["accuracy"] = {"size": b.small} | found
+
+
+def in_strips(b: VAEBench) -> None:
+    """What strips differ from the whole picture in: the order of sums at most. Also as codes of the finished picture."""
+    size = (5, *b.size[1:])
+    x, z = b.clip(size), b.latent(size)
+    whole = b.vae.decode(z, 1)
+    found = torch.full_like(whole, torch.nan)
+    for frame, row, tile in vae_strips.decode(b.vae, z, 1, STRIPS):
+        found[:, :, frame : frame + tile.shape[2], row : row + tile.shape[3]] = tile
+    latent = b.vae.encode(x, 4)
+    cut = vae_strips.encode(
+        b.vae, lambda start, stop, top, end: x[:, :, start:stop, top:end], size, 4, STRIPS
+    )
+    codes = (ops.pixels(found).int() - ops.pixels(whole).int()).abs()
+    b.record["strips"] = {
+        "size": size, "count": STRIPS, "decode_bitwise": bool(torch.equal(found, whole)),
+        "decode_relative_l2": relative_l2(found, whole), "encode_bitwise": bool(torch.equal(cut, latent)),
+        "encode_relative_l2": relative_l2(cut, latent), "codes_off_most": int(codes.max()),
+        "codes_off_share": float((codes > 0).float().mean()),
+    }  # fmt: skip
+
+
+# --- running them ----------------------------------------------------------------------------------
+
+
+def summary(record: dict[str, Any]) -> str:
+    lines = [
+        f"{row['op']}={row['chosen']}"
+        for row in record.get("ops", [])
+        if row["op"] in ("conv3d", "conv_half", "conv_double", "norm_silu", "pixels")
+    ]
+    for name, row in record["cases"].get("720", {}).get("variants", {}).items():
+        clock = row["gpu"].get("sm_mhz", {}).get("median", 0)
+        lines.append(
+            f"{name:<32}{row['median_s']:8.3f} s  {row['tflop_s']:6.1f} TFLOP/s  {row.get('gemm_peak_pct', 0):5.1f} % of GEMM  "
+            f"{row.get('own_peak_gib', 0):6.2f} GiB  {clock:.0f} MHz"
+        )
+    for part, one in record.get("stages", {}).items():
+        for name, row in one["rows"].items():
+            lines.append(
+                f"{part} {name:<22}{1e3 * row['seconds']:8.1f} ms  {row['tflop_s']:6.1f} TFLOP/s  {100 * row.get('floor_share', 0):5.1f} %"
+            )
+        lines.append(f"{part} {'rest':<22}{1e3 * one['rest_s']:8.1f} ms of {1e3 * one['seconds']:.1f}")
+    for name in ("accuracy", "strips", "clip", "encoder"):
+        if name in record:
+            lines.append(f"{name} {json.dumps(record[name])[:1500]}")
+    for name, section in record["sections"].items():
+        lines.append(
+            f"section {name:<10}{section['status']:<8}{section['seconds']:7.1f} s {section.get('error', '')[-300:]}"
+        )
+    return "\n".join(lines)
+
+
+def goals(record: dict[str, Any]) -> str:
+    rows, slim = record["cases"].get("720", {}).get("variants", {}), record.get("windows", {})
+    found = record.get("accuracy", {})
+    values = [
+        ("encode s", rows.get("ours_encode", {}).get("median_s"), 1.1),
+        ("decode s", rows.get("ours_decode", {}).get("median_s"), 1.8),
+        ("decode peak GiB", rows.get("ours_decode", {}).get("own_peak_gib"), 6.0),
+        (
+            f"decode peak GiB in {STRIPS} strips",
+            slim.get(f"decode, {STRIPS} strips", {}).get("call_gib"),
+            3.0,
+        ),
+        ("fp32 difference", max(found.get("fp32_max_difference", {}).values(), default=None), 2e-5),
+        ("bf16 encode error over diffusers", found.get("ours_over_diffusers_encode"), 1.2),
+        ("bf16 decode error over diffusers", found.get("ours_over_diffusers_decode"), 1.2),
+        ("last step to mp4 s", record.get("clip", {}).get("last_step_to_mp4_s"), 2.5),
+    ]
+    return "\n".join(
+        f"goal {name:<36}{value:12.6f} <= {limit:<6} {'met' if value <= limit else 'MISSED'}"
+        for name, value, limit in values
+        if value is not None
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a .json file, or the folder bench/results")
+    parser.add_argument("--only", help=f"comma-separated sections of {', '.join(SECTIONS)}")
+    parser.add_argument("--skip-peers", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-rounds", type=int, default=1)
+    parser.add_argument("--deadline-s", type=float, default=140, help="start no section after this")
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: checks this script")
+    args = parser.parse_args(argv)
+    wanted = args.only.split(",") if args.only else list(SECTIONS)
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    testing.kernels_from_checkout()
+    b = VAEBench(args, environment(args.commit))
+    path = destination(args.out, b.record)
+    if args.out.suffix != ".json":
+        path = path.with_name(path.name.replace("-denoiser.json", "-vae.json"))  # beside the denoiser's
+
+    def measure_peaks() -> None:
+        if b.device.type == "cuda":
+            b.peaks = roofline.measure_peaks(b.device)
+            b.record["peaks"] = b.peaks.as_dict()
+
+    steps: dict[str, Callable[[VAEBench], None]] = {
+        "main": main_case, "stages": by_stage, "windows": windows, "accuracy": accuracy, "strips": in_strips,
+        "clip": clip, "encoder": encoder,
+    }  # fmt: skip
+
+    def section(name: str, run: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        entry: dict[str, Any] = {"status": "ok", "seconds": 0.0}
+        b.record["sections"][name] = entry
+        if b.is_late():
+            entry |= {"status": "skipped", "error": f"past the deadline of {args.deadline_s:.0f} s"}
+        else:
+            try:
+                with torch.no_grad():
+                    run()
+            except Exception as error:  # one section must not lose the others
+                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+                traceback.print_exc()
+        entry["seconds"] = time.perf_counter() - start
+        path.write_text(json.dumps(b.record, indent=1) + "\n", encoding="utf-8")
+        print(f"[{time.perf_counter() - b.started:6.1f} s] {name}: {entry['status']}", flush=True)
+        b.clear()
+
+    section("build", b.build)
+    section("peaks", measure_peaks)
+    for name in wanted:
+        section(name, lambda name=name: steps[name](b))
+    b.watch.close()
+    print(f"\n{summary(b.record)}\n{goals(b.record)}\nwritten: {path}")
+    return int(any(s["status"] != "ok" for s in b.record["sections"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
