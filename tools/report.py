@@ -5,11 +5,10 @@
     python tools/report.py --figures  one JSON object of headline figures
 
 Results lie in bench/results/<gpu>/*.json. Each has `environment` (with `date`) and a `kind`, which says what else it has:
-denoiser (tools/bench_denoiser.py): any of `cases` (name -> `variants`, of whole calls), `waterfall`, `trace`, `accuracy`,
-`block`, `job`, `composed_job`, `first`; vae: `cases` with the variants ours_encode, ours_decode, <peer>_encode, ...; pipeline: `clips`; prompt_encoder
-(tools/measure_text_memory.py): `modes`; embedded
-(tools/evaluate_model.py): `embedded`, `goals`; scaling (tools/bench_scaling.py): `loops`, `distilled`; kernels, also where there is no `kind`: `rows`. Other kinds are shown in no
-table. What is shown of a GPU is the newest result that has it. Standard library only.
+denoiser: any of `cases` (name -> `variants`, of whole calls), `waterfall`, `trace`, `accuracy`, `block`, `job`,
+`composed_job`, `first`; vae: `cases` with the variants ours_encode, <peer>_encode, ...; pipeline: `clips`; prompt_encoder:
+`modes`; embedded: `embedded`, `goals`; fidelity: `fidelity`, `layers`, `calls`; scaling: `loops`, `distilled`; kernels, also
+where there is no `kind`: `rows`. Shown of a GPU is the newest result that has a part. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import report_embedded
+import report_fidelity
 import report_fp8
 import report_job
 import report_scaling
@@ -272,7 +272,7 @@ def fp8(r: Results) -> str | None:
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
     "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8,
-    "scaling": lambda r: report_scaling.shown(r, table, note), "vae": lambda r: report_vae.shown(r, table, note),
+    "scaling": lambda r: report_scaling.shown(r, table, note), "fidelity": lambda r: report_fidelity.shown(r, table, note), "vae": lambda r: report_vae.shown(r, table, note),
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
 
@@ -361,6 +361,8 @@ def figures(results: list[Results]) -> dict[str, Result]:
         for key, value, unit, peer in report_fp8.figures(call and call[2], linears and linears[2]):
             source = linears if key.startswith("linears") else call
             put(key, value, unit, source[0] if source else "", peer)
+        for key, value, unit, file, peer in report_fidelity.figures(r):
+            put(key, value, unit, file, peer)
         if (found := r.own("loops", "scaling")) is not None:
             for key, gain in report_scaling.gains(found[1]).items():
                 put(f"scaling.{key}", gain, "x", found[0])

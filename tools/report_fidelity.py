@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 TITLES = {
@@ -33,13 +33,22 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
         yield ["one call, relative error", *keys], cells
 
 
-def figures(record: Mapping[str, Any]) -> Iterator[tuple[str, float, str, dict[str, float]]]:
-    """(key, value, unit, beside it): psnr_db.fp8, psnr_worst_db.fp8 and the same of each other recipe."""
-    for name, row in record["fidelity"].items():
+def shown(results: Any, table: Callable[..., str], note: Callable[..., str]) -> str | None:
+    """The newest record of a GPU as tables."""
+    if (found := results.own("fidelity", "fidelity")) is None:
+        return None
+    return "\n\n".join([*(table(*one) for one in tables(found[1])), note(*found[:2])])
+
+
+def figures(results: Any) -> Iterator[tuple[str, float, str, str, dict[str, float]]]:
+    """(key, value, unit, file, beside it): psnr_db.fp8, psnr_worst_db.fp8, edge_f1.edge.fp8, ...; same of other recipes."""
+    if (found := results.own("fidelity", "fidelity")) is None:
+        return
+    file, _, rows = found
+    seed = {"other_seed": rows["other seed"]["psnr_db"]} if "other seed" in rows else {}
+    for name, row in rows.items():
         if not name.startswith("other"):
-            seed = record["fidelity"].get("other seed")
-            peer = {} if seed is None else {"other_seed": seed["psnr_db"]}
-            yield f"psnr_db.{name}", row["psnr_db"], "dB", peer
-            yield f"psnr_worst_db.{name}", row["worst_clip_db"], "dB", {}
+            yield f"psnr_db.{name}", row["psnr_db"], "dB", file, seed
+            yield f"psnr_worst_db.{name}", row["worst_clip_db"], "dB", file, {}
             for tag, m in row["measures"].items():
-                yield f"{m['measure']}.{tag}.{name}", m["value"], "1", {"exact": m["exact"]}
+                yield f"{m['measure']}.{tag}.{name}", m["value"], "1", file, {"exact": m["exact"]}
