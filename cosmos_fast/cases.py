@@ -311,8 +311,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("empty", "empty", "no frame", {"C": 4, "T": 0, "H": 4, "W": 4}),
     ),
     "conv3d": (
-        Case("720p", "production", "four frames of the widest stage", {**_WIDE, "O": 96, "last": 1, "added": 1}),
-        Case("720p half", "production", "the stage before it", {"C": 192, "O": 192, "F": 4, "H": 352, "W": 640, "last": 1, "added": 1}),
+        Case("720p", "production", "a frame of the widest stage", {**_WIDE, "F": 1, "O": 96, "last": 1, "added": 1}),
+        Case("720p half", "production", "the stage before it", {"C": 192, "O": 192, "F": 2, "H": 352, "W": 640, "last": 1, "added": 1}),
         Case("720p out", "production", "to pixels", {**_WIDE, "O": 3, "last": 1}),
         Case("small", "small", "a short window, as a block calls it", {"C": 16, "O": 24, "F": 2, "H": 3, "W": 5, "added": 1, "last": 1}),
         Case("to pixels", "small", "four frames to 3 channels", {"C": 16, "O": 3, "F": 4, "H": 2, "W": 4, "last": 1}),
@@ -323,13 +323,13 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
     ),
     "conv_half": (
-        Case("720p", "production", "the encoder's widest stage", {**_WIDE, "O": 96, "last": 1}),
+        Case("720p", "production", "the encoder's widest stage", {**_WIDE, "F": 1, "O": 96, "last": 1}),
         Case("small", "small", "two frames", {"C": 16, "O": 16, "F": 2, "H": 4, "W": 6, "last": 1}),
         Case("odd", "odd", "the result has odd sides; two clips, channels first", {"C": 3, "O": 5, "F": 1, "H": 7, "W": 2, "B": 2}),
         Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
     ),
     "conv_double": (
-        Case("720p", "production", "to the decoder's widest stage", {"C": 192, "O": 96, "F": 4, "H": 352, "W": 640, "last": 1}),
+        Case("720p", "production", "to the decoder's widest stage", {"C": 192, "O": 96, "F": 1, "H": 352, "W": 640, "last": 1}),
         Case("small", "small", "two frames", {"C": 16, "O": 8, "F": 2, "H": 3, "W": 4, "last": 1}),
         Case("one pixel", "odd", "two clips, channels first", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1, "B": 2}),
         Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),

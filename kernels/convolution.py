@@ -57,10 +57,8 @@ def tiles_for(C: int, O: int, dtype: torch.dtype) -> Tiles:
     k = 64 if C > 32 else max(triton.next_power_of_2(C), 16)
     if O <= 32:
         return Tiles(256, 16 if O <= 16 else 32, 0, k, 8, 4, parts=1)
-    if O <= 96:
-        return Tiles(256, 128, 0, k, 8, 4, parts=4)
-    if O == 192:
-        return Tiles(128, 128, 64, k, 8, 4, parts=2)
+    if O % 192 == 0:
+        return Tiles(256, 128, 64, k, 8, 3, parts=4)
     return Tiles(256, 128, 0, k, 8, 4, parts=4)
 
 

@@ -47,6 +47,12 @@ FP32 = {"unpatchify", "guided_unipc"}
 FLOP: dict[str, Callable[..., int]] = dict.fromkeys(
     ("linear_gelu", "linear_head_norm"), lambda x, w, *_: 2 * x.shape[0] * x.shape[1] * w.shape[0]
 )
+FLOP["conv3d"] = lambda x, w, b, residual, stride: (
+    2 * w.numel() * x.shape[0] * ((x.shape[2] - w.shape[2]) // stride + 1)
+    * (x.shape[3] - w.shape[3] + 1) * (x.shape[4] - w.shape[4] + 1)
+)  # fmt: skip
+FLOP["conv_half"] = lambda x, w, b: 2 * w.numel() * x[:, 0].numel() // 4
+FLOP["conv_double"] = lambda x, w, b: 2 * w.numel() * x[:, 0].numel() * 4
 FLOP["linear_gelu_fp8"] = lambda a, a_steps, steps, w, *_: 2 * a.shape[0] * a.shape[1] * w.shape[0]
 """Ops bound by arithmetic: how much of it they need, GELU and norms left out."""
 

@@ -5,8 +5,8 @@
 First all Triton choices are compiled, in processes of their own: what crashes there is left out here. Then each conv, on
 random data and in the layout of a pass in windows of one latent frame, is checked against fp32 on two corners of its
 result and timed: Triton tile by tile, cuDNN in three dimensions, and cuDNN in two with the frames before in the channels,
-with and without the copy that puts them there. TFLOP/s count the taps of the published conv. Then the norm beside a copy,
-attention of the middle block, and windows of a whole decode and encode with what their kernels took. Lines appear as they
+with and without the copy that puts them there. TFLOP/s count the taps of the published conv. Then windows of a whole
+decode and encode with what their kernels took, the norm beside a copy, and attention of the middle block. Lines appear as they
 are known; at the deadline what is left is named and left out. --device cpu with TRITON_INTERPRET=1 is a dry run.
 """
 
@@ -112,7 +112,7 @@ def folded(x: Tensor, w: Tensor, b: Tensor) -> tuple[Callable[[], Tensor], Calla
         return torch.cat([rows[i : i + frames] for i in range(t)], dim=-1).permute(0, 3, 1, 2)
 
     wide = gather()
-    return lambda: F.conv2d(gather(), taps, b), lambda: F.conv2d(wide, taps, b)
+    return lambda: F.conv2d(gather(), taps, b).transpose(0, 1)[None], lambda: F.conv2d(wide, taps, b)
 
 
 def one_conv(run: Run, layer: Layer, faults: dict[tuple[Layer, Tiles], str]) -> dict[str, float]:
@@ -147,7 +147,7 @@ def convs(
 ) -> dict[str, dict[str, float]]:
     best: dict[str, dict[str, float]] = {}
     for layer in found:
-        if run.late():
+        if run.late(0.3 * run.options.seconds):  # the last part is for whole windows
             print(f"out of time: {layer.name}", flush=True)
             continue
         try:
@@ -354,9 +354,9 @@ def main() -> int:
         body["ceilings"] = ceilings(run)
         for part, go in (
             ("convs", lambda: body.update(best=convs(run, found, faults))),
+            ("pass", lambda: passes(run)),
             ("norm", lambda: norms(run, body["ceilings"]["copy_gb_s"])),
             ("attention", lambda: attention(run)),
-            ("pass", lambda: passes(run)),
         ):
             if part == "convs" or not wanted or part in wanted:
                 try:
