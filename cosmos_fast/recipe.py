@@ -18,7 +18,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 _PRESETS: dict[str, dict[str, str]] = {
     "exact": {"dtype": "bf16"},
     "fp32": {"dtype": "fp32"},
-    "fp8": {"dtype": "bf16", "linear": "fp8"},
+    "fp8": {"dtype": "bf16", "linear": "fp8", "attention": "fp8"},
+    "fp8_linear": {"dtype": "bf16", "linear": "fp8"},
 }
 
 
@@ -73,7 +74,7 @@ class Recipe:
 
     @classmethod
     def fp8(cls) -> Recipe:
-        """bf16 with the linear layers of the blocks in 8 bits."""
+        """bf16 with the linear layers and the self-attention of the blocks in 8 bits."""
         return cls.preset("fp8")
 
     @classmethod

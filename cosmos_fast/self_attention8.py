@@ -43,7 +43,7 @@ def fp8(device: torch.device) -> Fp8:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise EnvironmentProblem(
             f"recipe: attention 'fp8' needs a fast implementation on this GPU, got {chosen!r} ({why}). "
-            "Install cosmos-fast[fa3] or cosmos-fast[cudnn], or take attention='bf16'."
+            "Install cosmos-fast[fa3] or cosmos-fast[cudnn], or take the recipe fp8_linear."
         )
     return Fp8()
 
