@@ -50,10 +50,16 @@ class Tiles:
     programs: int = 1
 
 
-def tiles_for(C: int, O: int, dtype: torch.dtype) -> Tiles:
-    """The tile for C input and O output channels. Not swept yet: what the resources of the compiled kernels allow."""
+FASTEST: dict[tuple[int, int, int], Tiles] = {}
+"""(taps, C, O) -> the fastest tile of a recorded sweep. Empty: not swept yet, the rules of `tiles_for` decide."""
+
+
+def tiles_for(taps: int, C: int, O: int, dtype: torch.dtype) -> Tiles:  # noqa: E741
+    """The tile for a product of `taps` taps from C to O channels."""
     if dtype == torch.float32:  # no tensor cores: for checks, not for speed
         return Tiles(32, 32, 0, 16, 4, 2, parts=1)
+    if found := FASTEST.get((taps, C, O)):
+        return found
     k = 64 if C > 32 else max(triton.next_power_of_2(C), 16)
     if O <= 32:
         return Tiles(256, 16 if O <= 16 else 32, 0, k, 8, 4, parts=1)
@@ -271,7 +277,7 @@ def conv3d(
     out = _frames(x, O, frames, height, width)
     if out.numel() == 0:
         return out
-    t = tiles or tiles_for(C, O, x.dtype)
+    t = tiles or tiles_for(time * rows * columns, C, O, x.dtype)
     # Depth of a step's box: the taps of a row side by side, or one pixel.
     fold = columns if t.fold else 1
     w = _weights(weight, C).view(O, -1)
@@ -317,7 +323,7 @@ def conv_half(x: Tensor, weight: Tensor, bias: Tensor, *, tiles: Tiles | None = 
         view = (F, H, 2, W // 2, C), (step, row, pixel, 2 * pixel, 1)
         job = _Job(view, H // 2, W // 2, C, (1, 3, 3), stride=2)
         _launch(job, clips[clip], w, bias, None, out[clip].permute(1, 2, 3, 0), (H // 2, W // 2),
-                tiles or tiles_for(C, O, x.dtype))  # fmt: skip
+                tiles or tiles_for(9, C, O, x.dtype))  # fmt: skip
     return out
 
 
@@ -334,7 +340,7 @@ def conv_double(x: Tensor, weight: Tensor, bias: Tensor, *, tiles: Tiles | None 
         view = (F, H, 1, W, C), (step, row, pixel, pixel, 1)
         job = _Job(view, H, W, C, (1, 2, 2), phases=4)
         _launch(job, clips[clip], w.view(4 * O, -1), bias, None, out[clip].permute(1, 2, 3, 0), (H, W),
-                tiles or tiles_for(C, O, x.dtype))  # fmt: skip
+                tiles or tiles_for(4, C, O, x.dtype))  # fmt: skip
     return out
 
 

@@ -35,10 +35,11 @@ from cosmos_fast import testing  # noqa: E402
 
 testing.kernels_from_checkout()
 
+from cosmos_fast.kernels import convolution as conv  # noqa: E402
 from cosmos_fast.kernels import norm_silu as norm  # noqa: E402
 from cosmos_fast.kernels.convolution import Tiles  # noqa: E402
 from cosmos_fast.kernels.launch import Config  # noqa: E402
-from vae_layers import CORNER, Layer, call, choices, compiled, layers, operands, relative, told  # noqa: E402
+from vae_layers import CORNER, Layer, call, choices, compiled, fastest, layers, operands, relative, told  # noqa: E402
 
 MS = 120.0  # of launches for one figure
 UNITS = {"tflop_s": "TF/s", "gb_s": "GB/s"}
@@ -222,7 +223,7 @@ def attention(run: Run) -> None:
         run.row("attention", f"products, {rows} rows", partial(products, rows), check, flop=4.0 * L * L * K)
 
 
-def passes(run: Run) -> None:
+def passes(run: Run, table: dict[tuple[int, int, int], Tiles]) -> None:
     """Windows of a whole decode and encode with random weights: seconds each, peak memory, and where they go."""
     from cosmos_fast.dispatch import use
     from cosmos_fast.vae import VAE, VAEConfig, channels_last_
@@ -249,6 +250,8 @@ def passes(run: Run) -> None:
         ("encode, window 4", encode, 4, 4, {}), ("encode, window 8", encode, 8, 8, {}),
         ("decode, window 1, libraries", decode, 1, 4, old), ("encode, window 4, libraries", encode, 4, 4, old),
     ]  # fmt: skip
+    print(*(f"  FASTEST[{key}] = {tiles}" for key, tiles in table.items()), sep="\n", flush=True)
+    conv.FASTEST.update(table)
     for name, go, window, frames, forced in plans:
         if run.late(6):
             print(f"out of time: {name}", flush=True)
@@ -354,7 +357,7 @@ def main() -> int:
         body["ceilings"] = ceilings(run)
         for part, go in (
             ("convs", lambda: body.update(best=convs(run, found, faults))),
-            ("pass", lambda: passes(run)),
+            ("pass", lambda: passes(run, fastest(found, body.get("best", {})))),
             ("norm", lambda: norms(run, body["ceilings"]["copy_gb_s"])),
             ("attention", lambda: attention(run)),
         ):

@@ -41,6 +41,14 @@ class Layer:
         return f"{self.kind} {self.C}>{self.O} {sides} {self.F}x{self.H}x{self.W}{' + x' if self.residual else ''}"
 
     @property
+    def key(self) -> tuple[int, int, int]:
+        """Of `convolution.FASTEST`: taps as they are multiplied, channels as the copy engine reads them, outputs."""
+        taps = {"conv_half": 9, "conv_double": 4}.get(self.kind, self.taps[0] * self.taps[1] * self.taps[2])
+        if self.kind == "conv3d" and self.O <= 4:
+            return 2 * taps, self.C, 4 * self.O
+        return taps, -(-self.C // 8) * 8, self.O
+
+    @property
     def flop(self) -> float:
         """Of the published conv: 9 taps per output pixel for conv_double, however they are folded."""
         if self.kind == "conv3d":
@@ -186,6 +194,22 @@ def relative(got: Tensor, layer: Layer, args: tuple[Any, ...]) -> float:
 
 def call(layer: Layer, args: tuple[Any, ...], tiles: Tiles) -> Tensor:
     return getattr(conv, layer.kind)(*args, tiles=tiles)
+
+
+def fastest(found: list[Layer], best: dict[str, dict[str, float]]) -> dict[tuple[int, int, int], Tiles]:
+    """Per key of `convolution.FASTEST` the tile with the least time over the layers that share it."""
+    table: dict[tuple[int, int, int], Tiles] = {}
+    for key in dict.fromkeys(layer.key for layer in found):
+        sums: dict[Tiles, float] = {}
+        sharers = [layer for layer in found if layer.key == key and best.get(layer.name)]
+        for tiles in choices(sharers[0]) if sharers else []:
+            times = [best[layer.name].get(told(tiles)) for layer in sharers]
+            if None not in times:
+                weights = [layer.decode + layer.encode + 1e-3 for layer in sharers]
+                sums[tiles] = sum(weight * (ms or 0) for weight, ms in zip(weights, times))
+        if sums:
+            table[key] = min(sums, key=sums.__getitem__)
+    return table
 
 
 def _work(todo: list[tuple[int, Layer, Tiles]], device: str, results: Any) -> None:
