@@ -187,8 +187,9 @@ def _v_codes_kernel(
     mean, step = tl.load(v_mean + at, cols < K, 0.0), tl.load(v_step + at, cols < K, 1.0)
     value = tl.where(keep, (x.to(tl.float32) - mean) / step, 0.0)
     if PACK:
-        to = out + at.to(tl.int64) * padded + place
-        _store_codes(tl.trans(to), tl.trans(value), tl.trans((place < padded) & (cols < K)))
+        across, down = tl.trans(place), tl.arange(0, BLOCK_K)[:, None]
+        to = out + (head * K + down).to(tl.int64) * padded + across
+        _store_codes(to, tl.trans(value), (across < padded) & (down < K))
     else:
         _store_codes(out + token * (N * K) + at, value, keep)
 
