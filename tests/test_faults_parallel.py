@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from system import ROOT, Run, clip_of, digests, generate, leftovers, write_spec
+from system import ENV, ROOT, Run, clip_of, digests, generate, generate_arguments, leftovers, write_spec
 
 from cosmos_fast import launch, team_store
 
@@ -143,3 +144,23 @@ def test_what_concerns_every_clip_ends_the_run_with_one_message(
     run = generate(models, tmp_path / "out", spec, "--vae", broken, *SHARED)
     assert run.code == 3 and not run.out and run.err.count("error:") == 1 and "broken.pth" in run.err, run
     assert digests(tmp_path / "out") == {} and leftovers(tmp_path / "out") == []
+
+
+def test_ranks_do_not_outlive_their_parent(models: Path, tmp_path: Path) -> None:
+    clip = clip_of(tmp_path / "street.mp4", 5)
+    spec = write_spec(tmp_path, SLOW, clip, num_video_frames_per_chunk=1, num_steps=250)
+    arguments = generate_arguments(models, tmp_path / "out", spec, *SHARED)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "cosmos_fast.cli", *arguments], env=ENV, stderr=subprocess.DEVNULL
+    )
+    claim, until = tmp_path / "out" / f".{SLOW}.claim", time.monotonic() + 60
+    while not (claim.exists() and claim.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.05)
+    leader = Path(f"/proc/{json.loads(claim.read_text())['pid']}")
+    assert leader.exists()
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 5
+    while leader.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not leader.exists()

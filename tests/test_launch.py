@@ -205,7 +205,7 @@ def test_a_batch_over_two_ranks_is_the_batch_of_one(
     assert run.code == 1 and run.paths == [two / f"{name}.jpg" for name in "acd"], run
     (two / "b.jpg").rmdir()
     again = generate(models, two, *specs, "--resume")
-    assert again.code == 0 and again.paths == [two / f"{name}.jpg" for name in "abcd"], again
+    assert again.code == 0 and sorted(again.paths) == [two / f"{name}.jpg" for name in "abcd"], again
     assert digests(two) == digests(one) and leftovers(two) == []
     lines = [json.loads(line) for line in (two / "manifest.jsonl").read_text().splitlines()]
     assert sorted((line["name"], line["status"]) for line in lines) == [
