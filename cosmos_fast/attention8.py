@@ -171,12 +171,13 @@ def load_cudnn() -> Attend8:
 # --- is what it returns attention? -----------------------------------------------------------------
 
 
-def example(device: torch.device | str, L: int = 192, S: int = 320, N: int = 2, K: int = 128) -> tuple[Tensor, ...]:  # fmt: skip
+def example(device: torch.device | str, L: int = 192, S: int = 320, N: int = 2, K: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v, score_step: scores from flat to peaked, in one head and the other."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, N, K, generator=draw) * 30 for n in (L, S, S))
     q[:, -1] *= 6
-    return *(x.to(device).to(E4M3) for x in (q, k, v)), torch.full((1,), K**-0.5 / 900, device=device)
+    q, k, v = (x.to(device).to(E4M3) for x in (q, k, v))
+    return q, k, v, torch.full((1,), K**-0.5 / 900, device=device)
 
 
 def proven(name: str, attend: Attend8, device: torch.device | str = "cuda") -> Attend8:

@@ -45,7 +45,7 @@ _qkv_codes = define(
     "Tensor steps, bool rotate, bool pack, float eps) -> (Tensor, Tensor, Tensor)",
     operands.check_qkv_codes,
     lambda qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps: _fake_codes(
-        qkv, *k_mean.shape, pack
+        qkv, k_mean.shape[0], k_mean.shape[1], pack
     ),
     triton("qkv_codes", "qkv_codes", capability=ADA_UP),
 )

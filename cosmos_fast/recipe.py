@@ -15,7 +15,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "linear": ("bf16", "fp8", "fp8_te"),
     "attention": ("bf16", "fp8"),
 }
-_PRESETS: dict[str, dict[str, str]] = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"dtype": "bf16"},
     "fp32": {"dtype": "fp32"},
     "fp8": {"dtype": "bf16", "linear": "fp8", "attention": "fp8"},

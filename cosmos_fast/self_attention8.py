@@ -56,7 +56,7 @@ def precise(network: Module, recipe: Recipe, attend: SelfAttention) -> Module | 
     twin = copy.deepcopy(network, shared)
     for block in twin.modules():
         if hasattr(block, "attend"):
-            block.attend = attend
+            block.attend = attend  # type: ignore[assignment]
     return twin
 
 
