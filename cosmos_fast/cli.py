@@ -162,6 +162,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
     from .models import locate, locate_vae
     from .report import gpu_record
     from .runner import Options, follow, run_batch, waiting
+    from .team import Team
 
     team.enter(layout)
     plan = replace(plan, device=team.device(plan.device), context=layout.context, cfg=layout.cfg)
@@ -193,7 +194,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
     run = Options(options["codec"], options["resume"], made_with, guardrails, makers)
     shown = Progress(batch.clips, quiet=options["quiet"], label=team.label, workers=layout.groups)
     with StopFlag(options["grace"]) as stop, shown as progress:
-        if not team.is_leader:
+        if isinstance(team, Team) and not team.is_leader:
             follow(team, open_engine)
             sys.exit(team.close(0))
         try:

@@ -158,7 +158,7 @@ def follow(team: Team, open_engine: Callable[[str], Engine]) -> None:
             engine = open_engine(given)
             continue
         assert engine is not None, "follow: a clip came before its model"
-        with team.following(given, describe), contextlib.closing(
+        with team.following(given, describe), contextlib.closing(  # type: ignore[type-var]
             engine.pieces(given, lambda step: team.heed(is_step=True))
         ) as pieces:  # fmt: skip
             for _ in pieces:

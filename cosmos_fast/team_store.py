@@ -27,7 +27,8 @@ def put(store: Store, key: str, value: Any) -> None:
     data = zlib.compress(pickle.dumps(value), 1)
     count = -(-len(data) // PIECE_BYTES)
     for i in range(count):
-        store.set(f"{key}/{i}", data[i * PIECE_BYTES : (i + 1) * PIECE_BYTES])
+        piece = data[i * PIECE_BYTES : (i + 1) * PIECE_BYTES]
+        store.set(f"{key}/{i}", piece)  # type: ignore[arg-type]  # its stub says str, it takes bytes
     store.set(key, str(count))
 
 
