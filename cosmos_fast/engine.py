@@ -8,7 +8,7 @@ F video frames, S text tokens, E text width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -154,7 +154,7 @@ class Engine:
         return joined(self.pieces(clip, on_step))
 
     @torch.inference_mode()  # as a decorator: between pieces the caller's own mode holds
-    def pieces(self, clip: ClipPlan, on_step: Progress | None = None) -> Iterator[Piece]:
+    def pieces(self, clip: ClipPlan, on_step: Progress | None = None) -> Generator[Piece, None, None]:
         """`parts` as they come: what is known of one before its frames are made, then its frames window by window.
 
         Whoever is done with a window before it asks for the next works while the device decodes.

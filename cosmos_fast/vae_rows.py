@@ -37,7 +37,7 @@ class Rows(NamedTuple):
         return Rows(max(self.start - by, 0), min(self.stop + by, height))
 
     @property
-    def count(self) -> int:
+    def height(self) -> int:
         return self.stop - self.start
 
 
@@ -97,7 +97,7 @@ def _path(
         if block.kind.startswith("up"):
             rows = rows.scaled(2)
         elif block.kind.startswith("down"):
-            rows = Rows(rows.start // 2, rows.start // 2 + rows.count // 2)
+            rows = Rows(rows.start // 2, rows.start // 2 + rows.height // 2)
     return first, tuple(at), rows
 
 
@@ -121,19 +121,19 @@ def strip_convs(
     h, bottom = height // config.spatial, config.bottom
     before, after = strip_blocks(config)
     path = encode_path(strip, h, config)
-    pixels = path.first.count * width
+    pixels = path.first.height * width
     encode = [Conv(3, bottom, 27, frames * pixels, frames * pixels, 2 * pixels)]
     count, columns = frames, width
     for block, rows in zip(before, path.blocks, strict=True):
-        convs, count, _ = block_convs(block, count, lead, rows.count * columns)
+        convs, count, _ = block_convs(block, count, lead, rows.height * columns)
         columns = columns // 2 if block.kind.startswith("down") else columns
         encode += convs
     path, decode = decode_path(strip, h, config), []
     for block, rows in zip(after, path.blocks, strict=True):
-        convs, count, _ = block_convs(block, count, lead, rows.count * columns)
+        convs, count, _ = block_convs(block, count, lead, rows.height * columns)
         columns = columns * 2 if block.kind.startswith("up") else columns
         decode += convs
-    pixels = path.last.count * width
+    pixels = path.last.height * width
     return encode, [*decode, Conv(bottom, 3, 27, count * pixels, count * pixels, 2 * pixels)]
 
 

@@ -92,7 +92,7 @@ class SharedVAEStage(VAEStage):
         h, rank, scale = z.shape[3], self.ranks.rank, self.vae.config.spatial
         features = vae_strips.decode_start(self.vae, z, self.plan.vae_decode_window)
         cut = self._strips(h * scale)
-        heights = [rows.count * scale for rows in cut] + [0] * (self.ranks.size - len(cut))
+        heights = [rows.height * scale for rows in cut] + [0] * (self.ranks.size - len(cut))
         mine = self._nothing(z)
         if rank < len(cut):
             mine = (tile.x for tile in vae_strips.decode_strip(self.vae, features, cut[rank], h))

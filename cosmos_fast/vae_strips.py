@@ -43,7 +43,7 @@ def _run(blocks: list[nn.Module], x: Tensor, path: Path, last: Rows, stream: Str
     """Through the strip blocks, cut down where the path says so; `last`: rows to give."""
     have = path.blocks[0]
     for block, rows in zip(blocks, path.blocks, strict=True):
-        before = rows.count
+        before = rows.height
         x = block(cut(x, have, rows), stream)
         after = x.shape[3]
         start = rows.start * 2 if after > before else rows.start // 2 if after < before else rows.start
@@ -125,5 +125,5 @@ def decode_strip(vae: VAE, features: list[Tensor], strip: Rows, h: int) -> Itera
         x = _run(blocks, cut(feature, Rows(0, h), path.first), path, path.last, stream)
         x = norm_conv(vae.decoder.head, "0", "2", x, stream)
         stream.first = False
-        yield Tile(frame, path.result.start, x[:, :, :, at : at + path.result.count])
+        yield Tile(frame, path.result.start, x[:, :, :, at : at + path.result.height])
         frame += x.shape[2]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cosmos_fast import costs, vae_rows, vae_strips
 from cosmos_fast.config import NetworkConfig
 from cosmos_fast.recipe import Plan, Recipe
-from cosmos_fast.vae import VAE, Stream, VAEConfig
+from cosmos_fast.vae import VAE, Stream, VAEConfig, channels_last_
 from cosmos_fast.vae_keys import vae_convs, vae_flops, vae_history, vae_memory
 from cosmos_fast.vae_rows import Rows, strip_flops, strip_memory, strips
 
@@ -164,3 +164,23 @@ def test_strips_come_from_top_to_bottom_with_all_their_frames(vae: VAE, latents:
             yield row, frame
 
     assert list(places()) == [(row, frame) for row in (0, 112) for frame in (0, 1, 5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_strips_on_the_device(device: torch.device, dtype: torch.dtype, bound: float) -> None:
+    """With the kernels of the device, which get heights and widths that no whole picture has."""
+    torch.manual_seed(0)
+    model = VAE(VAEConfig(base=32)).to(device, dtype)
+    for weight in model.parameters():
+        scale = weight[0].numel() ** -0.5 if weight.dim() > 3 and weight.shape[1] > 1 else 0.5
+        torch.nn.init.normal_(weight, std=1.2 * scale)
+    channels_last_(model)
+    x = torch.rand(1, 3, FRAMES, H, 64, device=device).mul_(2).sub_(1).to(dtype)
+    kept, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        z = model.encode(x, 4)
+        assert difference(encoded(model, x, 4, 3), z) < bound
+        assert difference(decoded(model, z, 1, 3).to(device), model.decode(z, 1).float()) < bound
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
