@@ -80,6 +80,6 @@ def test_edges_are_followed_and_the_prompt_gives_the_colour(
     made = distilled.generate(spec(TOLD["other_prompt"])).frames
     free = distilled.generate(spec(TOLD["other_prompt"], weight=0.0)).frames
     followed, chance = edge_f1(made, source), edge_f1(free, source)
-    # 0.29 against 0.14 when these weights were packed.
-    assert followed > 0.22 and followed > 1.5 * chance, (followed, chance)
+    # 0.45 against 0.06 when these weights were packed; the clip itself behind the VAE has 0.77.
+    assert followed > 0.38 and followed > 3 * chance, (followed, chance)
     assert main_colour(made, main_object) == TOLD["other_colour"]
