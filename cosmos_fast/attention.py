@@ -15,6 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+FEW_KEYS = 512
+"""Up to so many, FlashAttention-3 is faster without packing heads, at many more slower (docs/log.md)."""
+
 
 def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
@@ -44,7 +47,7 @@ def load_fa3() -> Attend:
         from fa3_fwd_interface import flash_attn_func  # type: ignore[import-not-found]
 
     def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q[None], k[None], v[None])
+        out = flash_attn_func(q[None], k[None], v[None], pack_gqa=False if k.shape[0] <= FEW_KEYS else None)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     return fa3

@@ -29,35 +29,30 @@ from .self_attention import SelfAttention, exact
 
 @dataclass(frozen=True)
 class TextKeys:
-    """Keys and values (S, N, K) of one block's cross-attention; `bias` (D,) is the folded image attention.
+    """Keys and values (S, N, K) of one block's cross-attention.
 
-    With no reference image all image tokens are equal, so the softmax over them is uniform and image
-    attention is its constant value; through the output projection it is a bias.
+    With no reference image all image tokens are equal, so the softmax over them is uniform and image attention is their
+    value. Weights of the text sum to 1, so that value is part of v.
     """
 
     k: Tensor
     v: Tensor
-    bias: Tensor | None = None
 
     def attend(self, cross: CrossAttention, h: Tensor) -> Tensor:
-        return cross.out(self.text(cross, h), self.bias)
-
-    def text(self, cross: CrossAttention, h: Tensor) -> Tensor:
-        q = ops.head_norm(cross.q(h), cross.q_gain)
-        return ops.attention(q, self.k, self.v).flatten(1)
+        return ops.attention(cross.q.heads(h, cross.q_gain), self.k, self.v).flatten(1)
 
 
 @dataclass(frozen=True)
 class TextImageKeys(TextKeys):
     """Text keys plus those of a reference image, attended by queries of their own and added."""
 
-    image_k: Tensor = None  # type: ignore[assignment]
-    image_v: Tensor = None  # type: ignore[assignment]
+    image_k: Tensor
+    image_v: Tensor
 
     def attend(self, cross: CrossAttention, h: Tensor) -> Tensor:
-        q = ops.head_norm(cross.image_q(h), cross.image_q_gain)
+        q = cross.image_q.heads(h, cross.image_q_gain)
         image = ops.attention(q, self.image_k, self.image_v).flatten(1)
-        return cross.out(self.text(cross, h) + image)
+        return super().attend(cross, h) + image
 
 
 def gain(width: int) -> nn.Parameter:
@@ -77,6 +72,7 @@ class CrossAttention(nn.Module):
             self.image_q_gain, self.image_k_gain = gain(c.head_width), gain(c.head_width)
 
     def forward(self, h: Tensor, keys: TextKeys) -> Tensor:
+        """h (L, D) -> attended values (L, D), which `out` adds to the residual stream."""
         return keys.attend(self, h)
 
     def read(self, text_SE: Tensor, image: Tensor | None) -> TextKeys:
@@ -86,9 +82,9 @@ class CrossAttention(nn.Module):
             return TextKeys(k, v)
         if image.shape[0] == 1:
             constant = self.image_kv(image).chunk(2, dim=1)[1]
-            return TextKeys(k, v, bias=self.out(constant)[0])
+            return TextKeys(k, v + constant.unflatten(-1, v.shape[1:]))
         image_k, image_v = _keys(self.image_kv(image), self.image_k_gain)
-        return TextImageKeys(k, v, None, image_k, image_v)
+        return TextImageKeys(k, v, image_k, image_v)
 
 
 def _keys(kv: Tensor, k_gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +110,10 @@ class AdaLN(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, MLP, each modulated and gated. Base and control blocks alike."""
+    """Self-attention, cross-attention, MLP, each modulated and gated. Base and control blocks alike.
+
+    The residual stream x (L, D) may be overwritten by every method.
+    """
 
     def __init__(self, c: NetworkConfig, attend: SelfAttention) -> None:
         super().__init__()
@@ -127,32 +126,34 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, pending: Pending | None, keys: TextKeys, mod: Modulation, step: int, ctx: Context
-    ) -> tuple[Tensor, Pending]:
-        """x (L, D) and what it is still owed -> the same; the next block settles the debt as it normalises."""
+    ) -> tuple[Tensor, Pending | None]:
+        """x (L, D) and what it is still owed -> the same; the next block settles a debt as it normalises."""
         return self.after_attention(*self.self_attention(x, pending, mod, step, ctx), keys, mod, step, ctx)
 
     def self_attention(
         self, x: Tensor, pending: Pending | None, mod: Modulation, step: int, ctx: Context
-    ) -> tuple[Tensor, Pending]:
+    ) -> tuple[Tensor, Pending | None]:
         shift, scale, gate = mod.at(step, 0)
         x, h = self.qkv.normed(x, pending, shift, scale, ctx.rows)
         attended = self.attend(self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin, step)
-        return x, Pending(self.attn_out(attended), gate)
+        return self.attn_out.onto(x, attended, gate)
 
     def opening(self, x: Tensor, mod: Modulation, step: int, ctx: Context) -> Tensor:
         """x (L, D) after self-attention, its debt settled: one tensor, not two, to keep for the other prompt."""
         return ops.residual(*self.self_attention(x, None, mod, step, ctx), ctx.rows)
 
     def after_attention(
-        self, x: Tensor, pending: Pending | None, keys: TextKeys, mod: Modulation, step: int, ctx: Context
-    ) -> tuple[Tensor, Pending]:
+        self, x: Tensor, pending: Pending | None, keys: TextKeys, mod: Modulation, step: int, ctx: Context,
+        *, keep: bool = False,
+    ) -> tuple[Tensor, Pending | None]:  # fmt: skip
+        """keep: leave what the MLP adds a debt, for control hints are to join it."""
         shift, scale, gate = mod.at(step, 1)
         x, h = self.cross.q.normed(x, pending, shift, scale, ctx.rows)
-        pending = Pending(self.cross(h, keys), gate)
+        x, pending = self.cross.out.onto(x, self.cross(h, keys), gate)
         shift, scale, gate = mod.at(step, 2)
         x, h = self.fc1.normed(x, pending, shift, scale, ctx.rows)
         h = self.fc1(h)  # one name: the hidden layer is the largest tensor of a call
-        return x, Pending(self.fc2(h), gate)
+        return self.fc2.onto(x, h, gate, keep=keep)
 
 
 class ControlBranch(nn.Module):
@@ -210,7 +211,7 @@ class Head(nn.Module):
         )
         return full.unflatten(-1, (2, -1)).transpose(1, 2).contiguous()
 
-    def forward(self, x: Tensor, pending: Pending, step: int, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending | None, step: int, ctx: Context) -> Tensor:
         shift, scale = ctx.tables.head[step]
         _, h = ops.residual_adaln(x, pending, shift, scale, ctx.rows, out=torch.float32)
         return ops.unpatchify(ctx.shard.join(F.linear(h, self.linear.weight.float())), *ctx.grid)
@@ -337,13 +338,16 @@ class Network(nn.Module):
 
     def body(self, stem: Stem, step: int, ctx: Context) -> Tensor:
         """From the end of block 0's self-attention to the velocity (C, T, H, W) fp32."""
-        x, pending, chains = stem.base, None, list(stem.control)
+        # Blocks overwrite the residual stream, and the stem serves another prompt.
+        x, pending, chains = stem.base.clone(), None, [x.clone() for x in stem.control]
         for i, block in enumerate(self.blocks):
             keys, mod = ctx.prompt.blocks[i], ctx.tables.blocks[i]
             if i > 0:
                 x, pending = block.self_attention(x, pending, mod, step, ctx)
-            x, pending = block.after_attention(x, pending, keys, mod, step, ctx)
-            if i in self.config.control_layers and ctx.controls.branches:
+            hinted = i in self.config.control_layers and bool(ctx.controls.branches)
+            x, pending = block.after_attention(x, pending, keys, mod, step, ctx, keep=hinted)
+            if hinted:
+                assert pending is not None
                 hints = self._hints(self.config.control_layers.index(i), chains, step, ctx)
                 pending = replace(pending, hints=hints, hint_weights=ctx.controls.weights)
         return self.head(x, pending, step, ctx)

@@ -104,9 +104,8 @@ _linear_head_norm = define(
     "linear_head_norm(Tensor x, Tensor w, Tensor gain, float eps) -> Tensor",
     operands.check_linear_head_norm,
     lambda x, w, gain, eps: x.new_empty(x.shape[0], w.shape[0] // gain.shape[0], gain.shape[0]),
-    # Composed first until the fused kernel has been measured.
-    Candidate("composed", lambda: _linear_then_norm),
     triton("linear_heads", "linear_head_norm", HALF, HOPPER),
+    Candidate("composed", lambda: _linear_then_norm),
 )
 _attention = define(
     "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
@@ -175,8 +174,13 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, *, out: torch.dty
     return _adaln(x, shift, scale, rows.tokens_per_frame, rows.token_offset, EPS, out or x.dtype)
 
 
-def residual(x: Tensor, pending: Pending, rows: Rows) -> Tensor:
-    """x + gate[frame] * branch + sum_j weight_j * hint_j, summed in fp32, one rounding. Shapes: (L, D)."""
+def residual(x: Tensor, pending: Pending | None, rows: Rows) -> Tensor:
+    """x + gate[frame] * branch + sum_j weight_j * hint_j, summed in fp32, one rounding. Shapes: (L, D).
+
+    With nothing pending the result is x itself.
+    """
+    if pending is None:
+        return x
     p = pending
     return _residual(x, p.branch, p.gate, p.hints, p.hint_weights, rows.tokens_per_frame, rows.token_offset)
 

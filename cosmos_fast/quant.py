@@ -19,7 +19,7 @@ from . import ops_linear8, te_linears
 from .dispatch import TABLE
 from .formats import CheckpointError, EnvironmentProblem
 from .fp8_weights import is_computed, is_stored, quantised_rows
-from .linears import LinearGelu
+from .linears import Apart, LinearGelu
 from .ops_linear8 import Quantised
 
 N = TypeVar("N", bound=nn.Module)
@@ -41,15 +41,15 @@ class _Matrix(nn.Module):
         """Derive what depends on the weights, once they are there."""
 
 
-class Fp8Linear(_Matrix):
+class Fp8Linear(Apart, _Matrix):
     """y = x W^T + b from 8-bit rows, in the dtype that they stand for; other rows are quantised first."""
 
     normed = staticmethod(ops_linear8.residual_adaln)
 
-    def forward(self, x: Tensor | Quantised, bias: Tensor | None = None) -> Tensor:
-        """x (L, in) -> (L, out); a bias that is given takes the place of the layer's own."""
+    def forward(self, x: Tensor | Quantised) -> Tensor:
+        """x (L, in) -> (L, out)."""
         x = ops_linear8.quantised(x)
-        return ops_linear8.linear(x, self.weight, self.weight_scale, self.bias if bias is None else bias)
+        return ops_linear8.linear(x, self.weight, self.weight_scale, self.bias)
 
 
 def reach(codes: Tensor, scale: Tensor) -> Tensor:

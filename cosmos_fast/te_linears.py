@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import ops
 from .formats import EnvironmentProblem
 from .fp8_weights import is_computed
-from .linears import LinearGelu
+from .linears import Apart, LinearGelu
 
 MULTIPLE = 16
 """Rows and features that TE multiplies in fp8 come in multiples of so many."""
@@ -41,7 +41,7 @@ def engine(device: torch.device) -> Any:
     return te
 
 
-class TeLinear(nn.Module):
+class TeLinear(Apart, nn.Module):
     """y = x W^T + b, both operands quantised by Transformer Engine, which keeps W as fp8."""
 
     normed = staticmethod(ops.residual_adaln)
@@ -60,20 +60,19 @@ class TeLinear(nn.Module):
             self.inner.weight.copy_(w)
         self.bias = linear.bias
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (L, in) -> (L, out); a bias that is given takes the place of the layer's own."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (L, in) -> (L, out)."""
         rows = -x.shape[0] % MULTIPLE
         with self._autocast(enabled=True, **{self._key: self._recipe}):
             y: Tensor = self.inner(nn.functional.pad(x, (0, 0, 0, rows)) if rows else x)[: x.shape[0]]
-        bias = self.bias if bias is None else bias
-        return y if bias is None else y + bias
+        return y if self.bias is None else y + self.bias
 
 
 class TeLinearGelu(TeLinear):
     """gelu(x W^T) in the dtype of x."""
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.gelu(super().forward(x, bias))
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gelu(super().forward(x))
 
 
 def layers(

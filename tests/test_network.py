@@ -8,7 +8,9 @@ from oracle import Oracle, random_state
 
 from cosmos_fast import checkpoint, ops
 from cosmos_fast.config import NetworkConfig
-from cosmos_fast.network import Network, Pair, Single
+from cosmos_fast.formats import Rows
+from cosmos_fast.linears import linear
+from cosmos_fast.network import Network, Pair, Single, TextImageKeys, TextKeys
 
 GRID = (3, 8, 12)
 TOLERANCE = 1e-4
@@ -154,7 +156,7 @@ def test_folded_image_equals_attending_to_zero_features(models):
     times = torch.tensor([[500]])
     folded = context(network, text, None, controls, [1.0], times)
     full = context(network, text, torch.zeros_like(image), controls, [1.0], times)
-    assert folded.prompt.blocks[0].bias is not None and full.prompt.blocks[0].bias is None
+    assert type(folded.prompt.blocks[0]) is TextKeys and type(full.prompt.blocks[0]) is TextImageKeys
     torch.testing.assert_close(network(z, 0, folded), network(z, 0, full), rtol=0, atol=2e-5)
 
 
@@ -175,6 +177,45 @@ def test_pair_shares_block_zero_exactly(models, kind, monkeypatch):
     blocks = network.config.blocks + len(controls) * network.config.num_control_blocks
     assert len(calls) == 2 * blocks - (1 + len(controls))
     assert not torch.equal(*both) and all(map(torch.equal, both, alone))
+
+
+def test_one_gate_for_all_tokens_is_part_of_the_product():
+    """No less exact than a rounded product, times its gate, added: both against fp64."""
+    layer = linear(48, 32).bfloat16().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x, h, gate = (torch.randn(n, d, generator=g).bfloat16() for n, d in ((200, 32), (200, 48), (1, 32)))
+    exact = x.double() + gate.double() * (h.double() @ layer.weight.double().T)
+    kept, owed = layer.onto(x, h, gate, keep=True)
+    assert kept is x and owed is not None
+    apart = ops.residual(x, owed, Rows(200))
+    settled, nothing = layer.onto(x, h, gate)
+    assert nothing is None and settled is x
+    errors = [float((y.double() - exact).norm() / exact.norm()) for y in (settled, apart)]
+    assert errors[0] <= 1.2 * errors[1] < 4e-3
+
+
+def test_gates_of_frames_stay_owed():
+    layer = linear(48, 32).requires_grad_(False)
+    x, h, gate = torch.randn(6, 32), torch.randn(6, 48), torch.randn(3, 32)
+    before = x.clone()
+    kept, owed = layer.onto(x, h, gate)
+    assert kept is x and torch.equal(x, before)
+    torch.testing.assert_close(
+        ops.residual(x, owed, Rows(2)), x + gate.repeat_interleave(2, 0) * (h @ layer.weight.T)
+    )
+
+
+@pytest.mark.parametrize("kind", ["single", "multi", "distilled"])
+def test_blocks_overwrite_nothing_that_is_kept(models, kind):
+    """A second call on the same latent, context and stem gives the same."""
+    network, _ = models[kind]
+    z, text, _, controls = inputs(network.config)
+    before = z.clone(), [c.clone() for c in controls]
+    ctx = context(network, text, None, controls, [1.0] * len(controls), torch.tensor([[500]]))
+    stem = network.stem(z, 0, ctx)
+    first = network.body(stem, 0, ctx)
+    assert torch.equal(first, network.body(stem, 0, ctx)) and torch.equal(first, network(z, 0, ctx))
+    assert torch.equal(z, before[0]) and all(map(torch.equal, controls, before[1]))
 
 
 def test_rope_exponents_are_rounded_to_bf16(models):
