@@ -26,9 +26,10 @@ from .video_decode import NO_LIMITS, Decoder, even_size
 _BT709, _LIMITED, _FULL = 1, 1, 2
 _YUV_FLAGS = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 _IMAGE_QUALITY = 85
-_FRAME_THREADS = 16
+_FRAME_THREADS = 8
 """Frames libx264 works on at once, the same on every machine because its bytes depend on the number. PyAV's default cuts
-each frame into slices instead: slower where there are many cores, and each cut costs bits (docs/log.md)."""
+each frame into slices instead, as many as the machine has cores for. There is no `bufsize`: with one, libx264 spends bits
+by what its threads have spent so far, so the bytes depend on which comes first, slices or frames alike (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,6 @@ class Writer:
         if not spec.lossless:
             codec.bit_rate = bit_rate(self.size, self.fps)
             if self.codec == "libx264":
-                options["bufsize"] = str(2 * codec.bit_rate)
                 codec.thread_type, codec.thread_count = "FRAME", _FRAME_THREADS
             codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
             codec.color_range = _LIMITED

@@ -1,7 +1,7 @@
 """Several ranks give what one gives: groups, exchange of heads, network, both sampling loops. Over gloo, on the CPU.
 
-Bitwise: the exchange against one rank's attention where the ranks divide the heads, guidance apart against together, heads in parts against whole, and
-every rank against every other. Spread tokens change the row counts of matrix products and so their rounding: TOLERANCE.
+Bitwise: the exchange against one rank's attention where the ranks divide the heads, guidance apart against together,
+heads in parts against whole, and every rank against every other. Spread tokens change the row counts of matrix products and so their rounding: TOLERANCE.
 """
 
 from __future__ import annotations
@@ -230,9 +230,8 @@ def check_fp8(group: Group) -> None:
 
 # --- network and sampler ---------------------------------------------------------------------------
 
-SIZES = dict(
-    width=96, blocks=4, control_every=2, adaln_rank=8, text_width=16, text_dim=24, text_tokens=5
-)  # fmt: skip
+HEAD_WIDTH = 16
+SIZES = dict(blocks=4, control_every=2, adaln_rank=8, text_width=16, text_dim=24, text_tokens=5)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,8 @@ class Case:
             "single": {"image_width": 12, "image_tokens": 3},
             "multi": {"branches": 4},
         }.get(self.kind, {"timestep_scale": 1.0})
-        config = NetworkConfig.tiny(**SIZES, heads=self.heads, **({"image_width": None} | changes))
+        sizes = SIZES | {"heads": self.heads, "width": self.heads * HEAD_WIDTH, "image_width": None}
+        config = NetworkConfig.tiny(**sizes | changes)
         object.__setattr__(self, "config", config)
 
 
@@ -330,9 +330,7 @@ def work(context: int, cfg: int) -> dict[str, np.ndarray]:
         mesh.close()
 
 
-@pytest.mark.parametrize(
-    "context, cfg", [(2, 1), (1, 2), (3, 1), (4, 1), (2, 2), (6, 1), (3, 2)], ids=lambda n: str(n)
-)
+@pytest.mark.parametrize("context, cfg", [(2, 1), (1, 2), (3, 1), (2, 2), (6, 1)], ids=str)
 def test_ranks_give_what_one_gives(context: int, cfg: int, alone: dict[str, np.ndarray]) -> None:
     found = ranks.run(context * cfg, work, context, cfg)
     for name, expected in alone.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,16 +88,19 @@ def test_an_error_of_a_worker_reaches_who_waits_and_ends_the_work() -> None:
 
 
 def test_an_exception_of_the_caller_drops_what_waits() -> None:
-    go, done = threading.Event(), []
+    began, done = threading.Event(), []
 
     def work(n: int) -> None:
-        go.wait(10)
+        began.set()
+        until = time.monotonic() + 10
+        while not worker._dropped and time.monotonic() < until:
+            time.sleep(0.01)
         done.append(n)
 
     with pytest.raises(KeyError), Worker(work, 8, "w") as worker:
         for n in range(5):
             worker.put(n)
-        threading.Timer(0.1, go.set).start()
+        assert began.wait(10)
         raise KeyError
     assert done == [0]
 
