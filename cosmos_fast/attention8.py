@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ATTENTION_ROWS, E4M3
+from .reference import ATTENTION_ROWS, E4M3, E4M3_MAX
 
 Attend8 = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
@@ -69,14 +69,16 @@ _SCALARS = tuple(name for name in _IDS if "scale" in name)
 class CudnnAttention:
     """cuDNN's fp8 attention through its graph API: one graph per shape, built when first met.
 
-    Releases differ in the keyword for inference, in the outputs besides the result that they demand, and in the dtypes of
-    a result that they know: the first of VARIANTS that builds is kept. Raises RuntimeError with what cuDNN says of each if
-    none does.
+    Releases differ in the keyword for inference and in the outputs besides the result that they demand, GPUs in the
+    result's dtype: Hopper has e4m3 alone, which adds its rounding to the result's error, Blackwell wider ones. The first
+    of VARIANTS that builds is kept. Raises RuntimeError with what cuDNN says of each if none does.
+
+    A result of e4m3 needs no scale: it is a mean of codes of v, so never above 448.
     """
 
     VARIANTS = tuple(
         (kind, extra, amax)
-        for kind in (torch.bfloat16, torch.float16)
+        for kind in (torch.bfloat16, torch.float16, E4M3)
         for extra in ({"generate_stats": False}, {"is_inference": True})
         for amax in (("amax_s", "amax_o"), ("amax_o",), ())
     )
@@ -147,7 +149,8 @@ class CudnnAttention:
         )
         shape = heads_first(q)
         o.set_uid(_IDS["o"]).set_output(True).set_dim(shape["dim"]).set_stride(shape["stride"])
-        o.set_data_type(types.BFLOAT16 if kind == torch.bfloat16 else types.HALF)
+        kinds = {torch.bfloat16: types.BFLOAT16, torch.float16: types.HALF, E4M3: types.FP8_E4M3}
+        o.set_data_type(kinds[kind])
         for name, tensor in (("amax_s", amax_s), ("amax_o", amax_o)):
             if name in amax:
                 tensor.set_uid(_IDS[name]).set_output(True).set_dim(one["dim"]).set_stride(one["stride"])
@@ -176,7 +179,8 @@ def example(device: torch.device | str, L: int = 192, S: int = 320, N: int = 2, 
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, N, K, generator=draw) * 30 for n in (L, S, S))
     q[:, -1] *= 6
-    q, k, v = (x.to(device).to(E4M3) for x in (q, k, v))
+    # Clamped: torch makes NaN of what is too large for e4m3 up to 2.11, 448 later.
+    q, k, v = (x.clamp(-E4M3_MAX, E4M3_MAX).to(device).to(E4M3) for x in (q, k, v))
     return q, k, v, torch.full((1,), K**-0.5 / 900, device=device)
 
 

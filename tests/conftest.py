@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     threads = os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, too
     torch.set_num_threads(int(threads))
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.round_codes()
+
 
 def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -70,7 +70,9 @@ def test_opcheck(op: str, case: Case) -> None:
     args = testing.inputs(op, case, "cpu", torch.float32)
     tests = ["test_schema", "test_faketensor"]  # inference only: there is no autograd to check
     if any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in args):
-        tests.remove("test_schema")  # it compares inputs by a product, which torch does not have for codes on a CPU
+        tests.remove(
+            "test_schema"
+        )  # it compares inputs by a product, which torch does not have for codes on a CPU
     torch.library.opcheck(overload(op), args, test_utils=tests)
 
 
@@ -106,13 +108,14 @@ def strides(tensor: Tensor) -> list[int]:
 def check_candidates(op: str, args: tuple[Any, ...], device: str) -> None:
     for candidate in runnable(op, device, args[0].dtype):
         with use(**{op: candidate.name}):
-            before = [value.clone() if isinstance(value, Tensor) else value for value in args]
-            outputs = overload(op)(*args)
-        assert testing.faults(op, outputs, args) == [], candidate.name
-        for old, new in zip(before, args, strict=True):
-            assert not isinstance(old, Tensor) or torch.equal(old, new), (
-                f"{candidate.name} wrote to its input"
-            )
+            given = testing.own_copies(op, args)
+            before = [value.clone() if isinstance(value, Tensor) else value for value in given]
+            outputs = as_tuple(overload(op)(*given))
+        written = testing.written(op, given)
+        assert testing.faults(op, (*outputs, *written), args, candidate.name) == [], candidate.name
+        for old, new in zip(before, given, strict=True):
+            allowed = not isinstance(old, Tensor) or any(new is tensor for tensor in written)
+            assert allowed or torch.equal(old, new), f"{candidate.name} wrote to its input"
 
 
 @DTYPE
@@ -166,7 +169,7 @@ def test_faults_sees_a_wrong_value_shape_and_nan(op: str) -> None:
     outputs = testing.eager(op, args)
     assert testing.faults(op, outputs, args) == []
     for i, output in enumerate(outputs):
-        wrong = output.clone()
+        wrong = output.clone(memory_format=torch.contiguous_format)
         last = wrong.view(-1)[-1].float()
         wrong.view(-1)[-1] = last + 16 if wrong.dtype.itemsize > 1 else 240 - last  # codes end at 448
         swapped = lambda tensor, i=i: (*outputs[:i], tensor, *outputs[i + 1 :])  # noqa: E731
@@ -183,6 +186,52 @@ def test_faults_sees_bf16_statistics() -> None:
     mean = x.mean(-1, keepdim=True)
     sloppy = (x - mean) * torch.rsqrt((x - mean).square().mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
     assert testing.faults("adaln", sloppy, (x, shift, scale, *rest))
+
+
+def gelu_codes() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Arguments of gelu_fp8 and their codes before rounding."""
+    x = torch.linspace(-8, 8, 4096)[None].contiguous()
+    step = torch.tensor([0.1])
+    return (x, step), torch.nn.functional.gelu(x) / step
+
+
+def test_faults_takes_a_code_from_either_side_of_a_boundary_and_no_further() -> None:
+    args, exact = gelu_codes()
+    for off in (1.0 + 1e-6, 1.0 - 1e-6):
+        assert testing.faults("gelu_fp8", (exact * off).to(torch.float8_e4m3fn), args) == []
+    for off in (1.01, 0.99):
+        assert testing.faults("gelu_fp8", (exact * off).to(torch.float8_e4m3fn), args)
+    one_off = exact.to(torch.float8_e4m3fn).view(torch.uint8)
+    one_off[0, 77] ^= 1
+    assert testing.faults("gelu_fp8", one_off.view(torch.float8_e4m3fn), args)
+
+
+def test_faults_sees_codes_of_another_gelu_and_of_another_rounding() -> None:
+    args, exact = gelu_codes()
+    tanh = torch.nn.functional.gelu(args[0], approximate="tanh") / args[1]
+    assert testing.faults("gelu_fp8", tanh.to(torch.float8_e4m3fn), args)
+    nearest = exact.to(torch.float8_e4m3fn)
+    down = nearest.view(torch.uint8) - (nearest.float().abs() > exact.abs()).to(torch.uint8)
+    assert testing.faults("gelu_fp8", down.view(torch.float8_e4m3fn), args)
+    assert testing.faults("gelu_fp8", (exact * -1).to(torch.float8_e4m3fn), args)
+
+
+def test_beyond_is_the_distance_to_what_rounds_to_the_code() -> None:
+    codes = torch.tensor([0.0, 2.0**-9, 1.0, -1.0, 448.0, 16.0]).to(torch.float8_e4m3fn)
+    exact = torch.tensor([-(2.0**-10), 2.0**-8, 0.96875, -1.5, 1e4, 15.0], dtype=torch.float64)
+    expected = torch.tensor([0.0, 2.0**-10, 0.0, 0.4375, 0.0, 0.5], dtype=torch.float64)
+    assert torch.equal(testing.beyond(codes, exact), expected)
+
+
+def test_faults_looks_at_what_the_schema_lets_an_op_write() -> None:
+    args = small_args("norm_silu", torch.float32)
+    given = testing.own_copies("norm_silu", args)
+    outputs = as_tuple(overload("norm_silu")(*given))
+    (keep,) = testing.written("norm_silu", given)
+    assert keep is given[3] and not torch.equal(keep, args[3])
+    assert testing.faults("norm_silu", (*outputs, keep), args) == []
+    assert testing.faults("norm_silu", (*outputs, args[3]), args)
+    assert testing.faults("norm_silu", (*outputs, keep, keep), args)
 
 
 def test_a_forced_candidate_that_cannot_run_is_an_error() -> None:

@@ -199,6 +199,19 @@ def test_an_old_fa3_and_one_that_returns_noise_are_refused(on_cpu: Any) -> None:
             attention8.load_fa3()
 
 
+def test_the_example_is_of_codes_with_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 2.11 torch makes NaN of what e4m3 cannot hold; none of the operands relies on it being 448."""
+    plain = Tensor.to
+
+    def strict(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert args != (torch.float8_e4m3fn,) or bool((x.abs() <= 448).all())
+        return plain(x, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", strict)
+    q, *_ = attention8.example("cpu")
+    assert q.dtype == torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize("fault", [float("nan"), 0.0, 2.0])
 def test_what_is_not_attention_is_not_proven(fault: float) -> None:
     def broken(*operands: Any) -> Tensor:
@@ -307,6 +320,7 @@ class FakeGraph:
         ("bf16", {"generate_stats": False}, {"amax_s", "amax_o"}),
         ("bf16", {"is_inference": True}, {"amax_o"}),
         ("fp16", {"generate_stats": False}, set()),
+        ("e4m3", {"is_inference": True}, {"amax_s", "amax_o"}),
     ],
 )
 def test_cudnn_finds_the_graph_that_its_release_knows(on_cpu: Any, accepted: Any) -> None:
@@ -315,7 +329,8 @@ def test_cudnn_finds_the_graph_that_its_release_knows(on_cpu: Any, accepted: Any
     on_cpu.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
     operands = attention8.example("cpu")
     attend = attention8.load_cudnn()
-    expected = attention8.emulated(*operands, torch.bfloat16 if accepted[0] == "bf16" else torch.float16)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}[accepted[0]]
+    expected = attention8.emulated(*operands, kind)
     for _ in range(2):
         assert torch.equal(attend(*operands, torch.float32), expected.float())
     assert fake.built == 1
@@ -325,7 +340,9 @@ def test_cudnn_finds_the_graph_that_its_release_knows(on_cpu: Any, accepted: Any
 
 def test_cudnn_without_such_attention_says_what_it_was_told(on_cpu: Any) -> None:
     on_cpu.setitem(sys.modules, "cudnn", FakeCudnn(("int8", {}, set())))
-    with pytest.raises(RuntimeError, match="cuDNN 91900 has no such fp8 attention: .*not bf16 .*not fp16"):
+    with pytest.raises(
+        RuntimeError, match="cuDNN 91900 has no such fp8 attention: .*not bf16 .*not fp16 .*not e4m3"
+    ):
         attention8.load_cudnn()
 
 
