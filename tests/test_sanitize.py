@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import sanitize as tool_under_test  # noqa: E402
 import sanitize_cases  # noqa: E402
 
+from cosmos_fast.reference import norm_silu  # noqa: E402
+
 NAMES = ["gelu/triton/small/bfloat16", "gelu/triton/tail/bfloat16", "linear_gelu/triton/small/bfloat16"]
 
 DRIVER = """
@@ -173,6 +175,31 @@ def test_operands_move_as_the_views_that_they_are() -> None:
     assert plain == [3, None] and empty.shape == (0, 5)
     a.zero_()
     assert float(b.sum()) == float(base[:, :2].sum()), "views of one storage stay views of one storage"
+
+
+def test_bytes_of_a_result_whose_last_axis_has_any_stride() -> None:
+    odd = torch.arange(8.0).bfloat16().as_strided((2, 4, 1), (4, 1, 5))
+    assert sanitize_cases.as_bytes(odd).shape == (16,)
+    assert sanitize_cases.as_bytes(torch.empty(0, 3, 4).transpose(1, 2)).shape == (0,)
+
+
+def test_an_operand_is_updated_as_the_reference_does_or_left_alone() -> None:
+    (job, *_) = sanitize_cases.jobs("norm_silu/triton/small and bfloat16")
+
+    def forgets(x: Any, gamma: Any, past: Any, keep: Any) -> torch.Tensor:
+        return norm_silu(x, gamma, past, None)
+
+    def spoils(x: Any, gamma: Any, past: Any, keep: Any) -> torch.Tensor:
+        out = norm_silu(x, gamma, past, keep)
+        past.add_(1)
+        return out
+
+    for call, faults in ((norm_silu, []), (forgets, ["keep: relative error"]), (spoils, ["past: written"])):
+        candidate: Any = SimpleNamespace(name="triton", load=lambda call=call: call)
+        tried = sanitize_cases.Job(job.op, candidate, job.case, job.dtype)
+        found = sanitize_cases.run(tried, torch.device("cpu"), filled=False)["faults"]
+        assert len(found) == len(faults)
+        assert all(fault.startswith(word) for fault, word in zip(found, faults))
 
 
 @pytest.mark.interpret

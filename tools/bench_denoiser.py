@@ -46,10 +46,21 @@ from conftest import environment  # noqa: E402
 from cosmos_fast import costs, dispatch, ops, sampler, testing  # noqa: E402
 from cosmos_fast.graphs import Graphed  # noqa: E402
 
-PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"} | {"linear_gelu": "composed"}
-"""What torch offers: the reference of every op but the MLP's first layer, whose product stays torch's own, in bf16."""
+PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"} | {
+    name: "composed" for name in ("linear_gelu", "linear_head_norm")
+}
+"""What torch offers: the reference of every op but those around a product, which stays torch's own, in bf16."""
 
-FAST_OPS = ("adaln", "residual", "residual_adaln", "head_norm", "qk_norm_rope", "gelu", "linear_gelu")
+FAST_OPS = (
+    "adaln",
+    "residual",
+    "residual_adaln",
+    "head_norm",
+    "qk_norm_rope",
+    "gelu",
+    "linear_gelu",
+    "linear_head_norm",
+)
 SECTIONS = ("720", "trace", "waterfall", "accuracy", "block", "480", "image", "first", "job")
 
 # --- sections --------------------------------------------------------------------------------------
