@@ -59,8 +59,13 @@ struct Consumer {
   __device__ int lane() const { return threadIdx.x % 32; }
   __device__ int warp() const { return threadIdx.x / 32 % 4; }
 
+  // Once a warp, at the barrier of every block whose copies fill the stage.
   __device__ void arrive(uint32_t barrier) const {
-    if (lane() == 0) barrier_arrive(barrier);
+    if constexpr (C::cluster == 1) {
+      if (lane() == 0) barrier_arrive(barrier);
+    } else {
+      if (lane() < C::cluster) barrier_arrive_at(barrier, lane());
+    }
   }
   __device__ void release_keys(int i) const { arrive(shared.keys_empty(i % C::stages)); }
   __device__ void release_values(int i) const { arrive(shared.values_empty(i % C::stages)); }
@@ -87,6 +92,11 @@ struct Consumer {
     if (C::schedule != Schedule::kDeep || i < tiles.count)
       barrier_wait(shared.keys_full(stage), i / C::stages & 1);
     const uint64_t b = operand<128>(shared.keys(stage));
+    if constexpr (C::probe == Probe::kNoScores) {
+#pragma unroll
+      for (int e = 0; e < P::kScores; ++e) asm volatile("" : "=f"(scores[e]));
+      return;
+    }
     product_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -104,6 +114,11 @@ struct Consumer {
     const int stage = i % C::stages;
     barrier_wait(shared.values_full(stage), i / C::stages & 1);
     const uint64_t b = operand<P::kValueRowBytes>(shared.values(stage));
+    if constexpr (C::probe == Probe::kNoValues) {
+#pragma unroll
+      for (int i = 0; i < P::kScores / 4; ++i) asm volatile("" ::"r"(probabilities[i]));
+      return;
+    }
     product_fence();
 #pragma unroll
     for (int k = 0; k < C::keys / 32; ++k) {
@@ -119,24 +134,52 @@ struct Consumer {
     return fmaxf(q_scale * __ldg(k_scale + block), 1e-30f);
   }
 
+  // The largest score of each row that this thread holds.
+  __device__ __forceinline__ void maxima(const Scores& s, float (&top)[2]) const {
+    if constexpr (C::probe == Probe::kNoMaxima) {
+      top[0] = s[0], top[1] = s[2];
+      return;
+    }
+    if constexpr (C::max3) {
+      // One instruction takes the largest of three integers, and positive floats are in order as integers.
+      // Negative ones are in reverse, so of those alone it may find one too small: no matter below a peak
+      // that is positive.
+      int best[2] = {__float_as_int(s[0]), __float_as_int(s[2])};
+#pragma unroll
+      for (int e = 0; e < P::kScores; e += 4)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          best[r] = __vimax3_s32(best[r], __float_as_int(s[e + 2 * r]), __float_as_int(s[e + 2 * r + 1]));
+      top[0] = __int_as_float(best[0]), top[1] = __int_as_float(best[1]);
+      if (!__any_sync(~0u, (best[0] < 0 && peak[0] < 0) || (best[1] < 0 && peak[1] < 0))) return;
+    }
+    float pair[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
+#pragma unroll
+    for (int e = 4; e < P::kScores; ++e) pair[e / 2 % 2][e % 2] = fmaxf(pair[e / 2 % 2][e % 2], s[e]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[r] = fmaxf(pair[r][0], pair[r][1]);
+  }
+
   // Scores to 2^(score - peak + kLift), in place; sums and peaks follow, and shrink says what is owed to
   // older tiles.
   __device__ __forceinline__ void softmax(Scores& s, int i, float scale) {
+    if constexpr (C::probe == Probe::kNoSoftmax) {
+      moved = false, peak[0] = peak[1] = 0.0f, sum[0] = sum[1] = 1.0f;
+      return;
+    }
     if (tiles[i] == ragged) {
       const int left = p.num_keys - ragged * C::keys - lane() % 4 * 2;
 #pragma unroll
       for (int e = 0; e < P::kScores; ++e)
         if (e / 4 * 8 + e % 2 >= left) s[e] = -INFINITY;
     }
-    float top[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
-#pragma unroll
-    for (int e = 4; e < P::kScores; ++e) top[e / 2 % 2][e % 2] = fmaxf(top[e / 2 % 2][e % 2], s[e]);
+    float top[2];
+    maxima(s, top);
     bool up_any = false;
     float lift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float best = fmaxf(top[r][0], top[r][1]);
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+      float best = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
       best = scale * fmaxf(best, __shfl_xor_sync(~0u, best, 2));
       const bool up = best > peak[r] + kSlack;
       const float next = up ? best : peak[r];
@@ -153,8 +196,11 @@ struct Consumer {
       const float power = fmaf(s[e], scale, lift[r]);
       // Spread over each group of eight, and over both rows.
       const bool poly = (e * 5 + e / 8) % 8 < C::poly;
-      s[e] = poly ? exp2_poly(power) : exp2_unit(power);
-      if constexpr (!C::ones) sum[r] += s[e];
+      if constexpr (C::probe == Probe::kNoExponentials)
+        s[e] = power;
+      else
+        s[e] = poly ? exp2_poly(power) : exp2_unit(power);
+      sum[r] += s[e];
     }
   }
 
@@ -316,12 +362,8 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = sum[r];
-      if constexpr (C::ones) {
-        total = out[64 + 2 * r];
-      } else {
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-      }
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
       const int row = query_tile * P::kQueries + 64 * warpgroup + 16 * warp() + g + 8 * r;
       if (row >= p.num_queries) continue;
       const float share = total > 0.0f ? 1.0f / total : 0.0f;
@@ -365,27 +407,23 @@ __global__ void __launch_bounds__(Plan<C>::kThreads, 1)
     for (int stage = 0; stage < C::stages; ++stage) {
       barrier_init(shared.keys_full(stage), 1);
       barrier_init(shared.values_full(stage), 1);
-      barrier_init(shared.keys_empty(stage), 4 * C::warpgroups);
-      barrier_init(shared.values_empty(stage), 4 * C::warpgroups);
-    }
-  }
-  if constexpr (C::ones) {
-    constexpr int kChunks = C::stages * C::keys / P::kValueRowBytes, kWords = 8 * P::kValueRowBytes / 4;
-    for (int i = threadIdx.x; i < kChunks * kWords; i += P::kThreads) {
-      const int at = P::kValuesAt + i / kWords * P::kValueChunk + 128 * P::kValueRowBytes + i % kWords * 4;
-      *reinterpret_cast<uint32_t*>(memory + at) = 0x38383838;  // 1.0 in e4m3
+      barrier_init(shared.keys_empty(stage), 4 * C::warpgroups * C::cluster);
+      barrier_init(shared.values_empty(stage), 4 * C::warpgroups * C::cluster);
     }
   }
   fence_async_proxy();
   __syncthreads();
+  if constexpr (C::cluster > 1) cluster_sync();  // no copy into a block that has no barriers yet
   const Tiles<C> tiles(p, head, query_tile);
   if (warpgroup == C::warpgroups) {
     registers_lower<P::kProducerRegisters>();
     if (threadIdx.x % 128 == 0 && tiles.count > 0)
       produce<C>(&q_map, &k_map, &v_map, shared, tiles, head, query_tile);
+    if constexpr (C::cluster > 1) __syncwarp(), cluster_sync();
   } else {
     registers_raise<P::kConsumerRegisters>();
     Consumer<C>(p, shared, tiles, warpgroup, head, query_tile).run(query_tile);
+    if constexpr (C::cluster > 1) cluster_sync();  // no block leaves while another arrives at its barriers
   }
 }
 

@@ -54,8 +54,8 @@ cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
   CUtensorMap q_map, k_map, v_map;
   const Box boxes[3] = {
       {{kWidth, N, a.num_queries}, {a.q_head, a.q_row}, {128, 1, P::kQueries}},
-      {{kWidth, N, a.num_keys}, {a.k_head, a.k_row}, {128, 1, C::keys}},
-      {{columns, kWidth, N}, {a.v_row, kWidth * a.v_row}, {P::kValueRowBytes, 128, 1}},
+      {{kWidth, N, a.num_keys}, {a.k_head, a.k_row}, {128, 1, Part<C>::kKeys}},
+      {{columns, kWidth, N}, {a.v_row, kWidth * a.v_row}, {P::kValueRowBytes, Part<C>::kChannels, 1}},
   };
   if (const cudaError_t error = make_map(&q_map, a.q, boxes[0]); error != cudaSuccess) return error;
   if (const cudaError_t error = make_map(&k_map, a.k, boxes[1]); error != cudaSuccess) return error;
@@ -82,9 +82,20 @@ cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kBytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>((a.num_queries + P::kQueries - 1) / P::kQueries), a.num_heads);
-  kernel<<<grid, P::kThreads, P::kBytes, stream>>>(q_map, k_map, v_map, params);
-  return cudaGetLastError();
+  const int64_t tiles = (a.num_queries + P::kQueries - 1) / P::kQueries;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {C::cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  // A query tile too many, to fill a cluster, reads zeros and writes nothing.
+  config.gridDim =
+      dim3(static_cast<unsigned>((tiles + C::cluster - 1) / C::cluster * C::cluster), a.num_heads);
+  config.blockDim = dim3(P::kThreads);
+  config.dynamicSmemBytes = P::kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = C::cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, q_map, k_map, v_map, params);
 }
 
 }  // namespace cosmos_fast::attention8

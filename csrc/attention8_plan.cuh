@@ -16,10 +16,13 @@ enum class Schedule {
   kDeep,     // two score tiles: the softmax of i runs beside the scores of i + 1 and the values of i - 1
 };
 
+// Work left out to learn what it costs. The result is wrong; versions of the package leave nothing out.
+enum class Probe { kNone, kNoExponentials, kNoMaxima, kNoSoftmax, kNoScores, kNoValues };
+
 // One version of the kernel: derive and hide the members that differ.
 struct Config {
   static constexpr int warpgroups = 2;  // consumers, 64 queries each
-  static constexpr int keys = 128;      // of one tile: 64, 96, 128 or 192
+  static constexpr int keys = 128;      // of one tile: 64, 96, 128, 160 or 192
   static constexpr int stages = 4;      // tiles of K and of V in shared memory
   static constexpr Schedule schedule = Schedule::kSerial;
   static constexpr bool turns =
@@ -27,9 +30,11 @@ struct Config {
   static constexpr int poly = 0;  // exponentials of every eight that the FMA units compute
   static constexpr int promote =
       0;  // tiles after which the products' accumulator joins an exact fp32 one; 0: never
-  static constexpr bool ones = false;         // the row sum comes from eight rows of ones under V
   static constexpr bool q_registers = false;  // queries stay in registers
   static constexpr bool sparse = false;       // key tiles from a list
+  static constexpr bool max3 = false;  // maxima of three at a time, as integers, while they are positive
+  static constexpr int cluster = 1;    // blocks that share their key tiles: each fetches a part for all
+  static constexpr Probe probe = Probe::kNone;
 };
 
 struct Params {
@@ -48,16 +53,15 @@ template <class C>
 struct Plan {
   static constexpr int kThreads = (C::warpgroups + 1) * 128;
   static constexpr int kQueries = C::warpgroups * 64;
-  static constexpr int kScores = C::keys / 2;             // registers of a score tile
-  static constexpr int kOuts = C::ones ? 68 : 64;         // of an output tile
-  static constexpr int kValueRows = C::ones ? 136 : 128;  // rows of a value tile: channels, then ones
+  static constexpr int kScores = C::keys / 2;  // registers of a score tile
+  static constexpr int kOuts = 64;             // of an output tile
   static constexpr int kValueRowBytes = C::keys % 128 == 0  ? 128
                                         : C::keys % 64 == 0 ? 64
                                                             : 32;  // one swizzled row
-  static constexpr int kValueChunk = kValueRows * kValueRowBytes;
+  static constexpr int kValueChunk = 128 * kValueRowBytes;
   static constexpr int kQueryBytes = kQueries * 128;
   static constexpr int kKeyBytes = C::keys * 128;
-  static constexpr int kValueBytes = kValueRows * C::keys;
+  static constexpr int kValueBytes = 128 * C::keys;
   static constexpr int kMasterBytes = C::promote ? C::warpgroups * 128 * kOuts * 4 : 0;
   static constexpr int kKeysAt = kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + C::stages * kKeyBytes;
@@ -68,6 +72,7 @@ struct Plan {
   static constexpr int kConsumerRegisters = C::warpgroups == 2 ? 240 : 160;
   static_assert(kBytes <= 227 * 1024 && kValueBytes % 1024 == 0 &&
                 (C::warpgroups == 2 || C::warpgroups == 3));
+  static_assert(C::cluster == 1 || (C::cluster == 2 && !C::sparse && C::keys % 16 == 0));
 };
 
 // Shared-memory addresses of a block.
@@ -108,10 +113,28 @@ struct Tiles {
   }
 };
 
+// Parts of a cluster's key tiles: block r fetches keys r / cluster on and, of the values, channels likewise.
+template <class C>
+struct Part {
+  static constexpr int kKeys = C::keys / C::cluster, kChannels = 128 / C::cluster;
+  static constexpr uint16_t kAll = (1 << C::cluster) - 1;
+};
+
+template <class C>
+__device__ __forceinline__ void copy_part(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y,
+                                          int z) {
+  if constexpr (C::cluster == 1)
+    copy_box(to, map, barrier, x, y, z);
+  else
+    copy_box_to(Part<C>::kAll, to, map, barrier, x, y, z);
+}
+
 template <class C>
 __device__ void produce(const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                         const Shared<C>& shared, const Tiles<C>& tiles, int head, int query_tile) {
   using P = Plan<C>;
+  const int rank = C::cluster == 1 ? 0 : cluster_rank();
+  const int key_part = rank * Part<C>::kKeys, channel_part = rank * Part<C>::kChannels;
   barrier_expect(shared.queries_full(), P::kQueryBytes);
   copy_box(shared.base, q_map, shared.queries_full(), 0, head, query_tile * P::kQueries);
   for (int i = 0; i < tiles.count; ++i) {
@@ -119,13 +142,14 @@ __device__ void produce(const CUtensorMap* q_map, const CUtensorMap* k_map, cons
     const uint32_t free = (i / C::stages & 1) ^ 1;
     barrier_wait(shared.keys_empty(stage), free);
     barrier_expect(shared.keys_full(stage), P::kKeyBytes);
-    copy_box(shared.keys(stage), k_map, shared.keys_full(stage), 0, head, first_key);
+    copy_part<C>(shared.keys(stage) + 128 * key_part, k_map, shared.keys_full(stage), 0, head,
+                 first_key + key_part);
     barrier_wait(shared.values_empty(stage), free);
     barrier_expect(shared.values_full(stage), 128 * C::keys);
 #pragma unroll
     for (int chunk = 0; chunk < C::keys / P::kValueRowBytes; ++chunk)
-      copy_box(shared.values(stage) + chunk * P::kValueChunk, v_map, shared.values_full(stage),
-               first_key + chunk * P::kValueRowBytes, 0, head);
+      copy_part<C>(shared.values(stage) + chunk * P::kValueChunk + channel_part * P::kValueRowBytes, v_map,
+                   shared.values_full(stage), first_key + chunk * P::kValueRowBytes, channel_part, head);
   }
 }
 

@@ -100,6 +100,40 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// The same box into every block of the cluster that has a bit in blocks, at the same place of its shared
+// memory; each block's own barrier, at the same place too, learns of its bytes.
+__device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap* map,
+                                            uint32_t barrier, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(blocks)
+      : "memory");
+}
+
+// --- clusters ----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Every thread of every block of the cluster; what each wrote before, all see after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Arrives at the barrier that lies at this address in the shared memory of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // --- products ----------------------------------------------------------------------------------------
 
 // Descriptor of a K-major operand whose rows are kRowBytes wide (32, 64 or 128) and swizzled at that width,
@@ -143,16 +177,16 @@ __device__ __forceinline__ void product_wait(float (&results)[kCount]) {
 #define COSMOS_R32 COSMOS_R16_0 ", " COSMOS_R16_1
 #define COSMOS_R48 COSMOS_R32 ", " COSMOS_R16_2
 #define COSMOS_R64 COSMOS_R48 ", " COSMOS_R16_3
-#define COSMOS_R68 COSMOS_R64 ", %64, %65, %66, %67"
-#define COSMOS_R96 COSMOS_R64 ", " COSMOS_R16_4 ", " COSMOS_R16_5
+#define COSMOS_R80 COSMOS_R64 ", " COSMOS_R16_4
+#define COSMOS_R96 COSMOS_R80 ", " COSMOS_R16_5
 #define COSMOS_D4(how, i) how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3])
 #define COSMOS_D16(how, i) \
   COSMOS_D4(how, i), COSMOS_D4(how, i + 4), COSMOS_D4(how, i + 8), COSMOS_D4(how, i + 12)
 #define COSMOS_D32(how) COSMOS_D16(how, 0), COSMOS_D16(how, 16)
 #define COSMOS_D48(how) COSMOS_D32(how), COSMOS_D16(how, 32)
 #define COSMOS_D64(how) COSMOS_D48(how), COSMOS_D16(how, 48)
-#define COSMOS_D68(how) COSMOS_D64(how), COSMOS_D4(how, 64)
-#define COSMOS_D96(how) COSMOS_D64(how), COSMOS_D16(how, 64), COSMOS_D16(how, 80)
+#define COSMOS_D80(how) COSMOS_D64(how), COSMOS_D16(how, 64)
+#define COSMOS_D96(how) COSMOS_D80(how), COSMOS_D16(how, 80)
 
 // d (64, N) (+)= a (64, 32) @ b (N, 32)^T, e4m3 operands, fp32 result spread over the warpgroup: thread t of
 // quad g holds in d[4 j + e] column 8 j + 2 t + e % 2 of row 16 warp + g + 8 (e / 2). a lies in shared
@@ -188,17 +222,17 @@ __device__ __forceinline__ void product_wait(float (&results)[kCount]) {
 COSMOS_PRODUCT(64, 32, 32, 33, 34, 35, 36)
 COSMOS_PRODUCT(96, 48, 48, 49, 50, 51, 52)
 COSMOS_PRODUCT(128, 64, 64, 65, 66, 67, 68)
-COSMOS_PRODUCT(136, 68, 68, 69, 70, 71, 72)
+COSMOS_PRODUCT(160, 80, 80, 81, 82, 83, 84)
 COSMOS_PRODUCT(192, 96, 96, 97, 98, 99, 100)
 
 #undef COSMOS_PRODUCT
 #undef COSMOS_D96
-#undef COSMOS_D68
+#undef COSMOS_D80
 #undef COSMOS_D64
 #undef COSMOS_D48
 #undef COSMOS_D32
 #undef COSMOS_R96
-#undef COSMOS_R68
+#undef COSMOS_R80
 #undef COSMOS_R64
 #undef COSMOS_R48
 #undef COSMOS_R32

@@ -5,6 +5,7 @@
 
 #ifdef USE_CUDA
 #include "adaln.h"
+#include "attention8.h"
 #include "norm_rope.h"
 #endif
 
@@ -30,6 +31,7 @@ py::list kernel_info() {
   std::vector<cosmos_fast::KernelInfo> found;
   cosmos_fast::adaln_kernels(found);
   cosmos_fast::norm_rope_kernels(found);
+  cosmos_fast::attention8_kernels(found);
   for (const auto& kernel : found) {
     py::dict row;
     row["name"] = kernel.name;

@@ -14,8 +14,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+PROBES = {
+    "no_exponentials": "NoExponentials",
+    "no_maxima": "NoMaxima",
+    "no_softmax": "NoSoftmax",
+    "no_scores": "NoScores",
+    "no_values": "NoValues",
+}
+"""Work left out to learn what it costs: timed, never checked."""
 
 
 @dataclass(frozen=True)
@@ -30,43 +41,65 @@ class Rung:
     turns: bool = False
     poly: int = 0
     promote: int = 0
-    ones: bool = False
     q_registers: bool = False
     sparse: bool = False
+    max3: bool = False
+    cluster: int = 1
+    probe: str = "None"
+    extra: bool = False
+    """Not run unless asked for by name."""
 
     @property
     def queries(self) -> int:
         return 64 * self.warpgroups
 
     def source(self) -> str:
-        numbers = {n: getattr(self, n) for n in ("warpgroups", "keys", "stages", "poly", "promote")}
-        flags = {n: str(getattr(self, n)).lower() for n in ("turns", "ones", "q_registers", "sparse")}
+        numbers = {
+            n: getattr(self, n) for n in ("warpgroups", "keys", "stages", "poly", "promote", "cluster")
+        }
+        flags = {n: str(getattr(self, n)).lower() for n in ("turns", "q_registers", "sparse", "max3")}
         members = [f"static constexpr int {n} = {v};" for n, v in numbers.items()]
         members += [f"static constexpr bool {n} = {v};" for n, v in flags.items()]
         members.append(f"static constexpr Schedule schedule = Schedule::k{self.schedule};")
+        members.append(f"static constexpr Probe probe = Probe::k{self.probe};")
         return f'#define COSMOS_FAST_RUNG {" ".join(members)}\n#include "attention8_rung.cu"\n'
 
 
+THREE: dict[str, Any] = {"schedule": "Overlap", "warpgroups": 3, "keys": 96, "turns": True}
+"""Three consumers with tiles of 96 keys: the fastest of the first ladder."""
+
 RUNGS = (
-    Rung("serial"),
-    Rung("overlap", "Overlap"),
-    Rung("overlap_turns", "Overlap", turns=True),
+    Rung("three", **THREE),
+    Rung("three_cluster", **THREE, cluster=2),
+    Rung("three_cluster_6", **THREE, cluster=2, stages=6),
+    Rung("three_max3", **THREE, max3=True),
+    Rung("three_poly1", **THREE, poly=1),
+    Rung("three_poly2", **THREE, poly=2),
+    Rung("three_max3_poly1", **THREE, max3=True, poly=1),
+    Rung("three_max3_cluster", **THREE, max3=True, cluster=2),
+    Rung("three_all", **THREE, max3=True, poly=1, cluster=2, stages=6),
+    Rung("three_free", **THREE | {"turns": False}, max3=True, cluster=2),
     Rung("deep", "Deep"),
     Rung("deep_turns", "Deep", turns=True),
+    Rung("deep_max3", "Deep", max3=True),
+    Rung("deep_cluster", "Deep", cluster=2),
     Rung("deep_poly1", "Deep", poly=1),
-    Rung("deep_poly2", "Deep", poly=2),
-    Rung("deep_64", "Deep", keys=64),
-    Rung("overlap_192_turns", "Overlap", keys=192, stages=3, turns=True),
-    Rung("overlap_q", "Overlap", q_registers=True, turns=True),
-    Rung("overlap_ones", "Overlap", ones=True, turns=True),
-    Rung("overlap_poly2", "Overlap", poly=2, turns=True),
-    Rung("overlap_promote", "Overlap", promote=16, turns=True),
-    Rung("serial_3", warpgroups=3, stages=4),
-    Rung("overlap_3_96", "Overlap", warpgroups=3, keys=96),
-    Rung("overlap_3_96_turns", "Overlap", warpgroups=3, keys=96, turns=True),
-    Rung("overlap_3_64", "Overlap", warpgroups=3, keys=64),
-    Rung("overlap_sparse", "Overlap", sparse=True, turns=True),
-    Rung("deep_sparse", "Deep", sparse=True),
+    Rung("overlap_turns", "Overlap", turns=True),
+    Rung("overlap_160", "Overlap", keys=160, turns=True, max3=True),
+    Rung("overlap_160_cluster", "Overlap", keys=160, turns=True, max3=True, cluster=2),
+    Rung("overlap_160_q", "Overlap", keys=160, turns=True, max3=True, q_registers=True),
+    Rung("three_promote", **THREE, promote=16),
+    Rung("three_sparse", **THREE, sparse=True),
+    *(Rung(f"probe_{name}", **THREE, probe=probe) for name, probe in PROBES.items()),
+    Rung("serial", extra=True),
+    Rung("overlap", "Overlap", extra=True),
+    Rung("deep_64", "Deep", keys=64, extra=True),
+    Rung("deep_sparse", "Deep", sparse=True, extra=True),
+    Rung("overlap_192_turns", "Overlap", keys=192, stages=3, turns=True, extra=True),
+    Rung("overlap_sparse", "Overlap", sparse=True, turns=True, extra=True),
+    Rung("serial_3", warpgroups=3, extra=True),
+    Rung("overlap_3_64", "Overlap", warpgroups=3, keys=64, extra=True),
+    Rung("overlap_3_96", **THREE | {"turns": False}, extra=True),
 )
 
 

@@ -2,7 +2,7 @@
 
     python tools/bench_attention8.py --build                      # compile the rungs (no GPU needed), then stop
     python tools/bench_attention8.py --seconds 60 --out record.json
-    python tools/bench_attention8.py --only deep,overlap --length 84480 --sustain 10
+    python tools/bench_attention8.py --only three,three_cluster --length 84480 --sustain 10
 
 A rung is csrc/attention8_rung.cu with the members of `Config` it changes, compiled alone into build/attention8/, so
 that a fault of one costs nothing but itself: the rungs run in a child process, and one that says nothing for
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention8_cases import DEVICE, WIDTH, Case, long_cases, relative, tile_lists
+from attention8_cases import DEVICE, WIDTH, Case, long_cases, lse_allowed, relative, tile_lists
 from attention8_rungs import ROOT, RUNGS, Args, Rung, build, caller, library
 
 # --- one rung ------------------------------------------------------------------------------------------
@@ -52,9 +52,8 @@ def check_small(rung: Rung, call: Callable[[Args], None]) -> Iterator[dict[str, 
     for kind in ("exact", "random"):
         worst, faults = 0.0, []
         for L, S in SHAPES:
-            # The tensor cores drop low bits of a long sum, and the sum of "ones" rungs is such a one.
+            # The tensor cores drop low bits of a long sum.
             limit = 4e-3 + 4e-6 * S if kind == "exact" else 6e-2
-            lse_limit = 3e-2 if rung.ones else 5e-3
             blocks = rung.keys in (64, 128) and S > 128
             case = Case(L, S, 2, kind, blocks=blocks, mean=S == 1000)
             tiles = counts = keep = None
@@ -71,6 +70,7 @@ def check_small(rung: Rung, call: Callable[[Args], None]) -> Iterator[dict[str, 
             call(case.arguments(out, lse, tiles, counts))
             torch.cuda.synchronize()
             exact, exact_lse = case.reference(slice(None), keep)
+            lse_limit = 2e-3 if kind == "exact" else lse_allowed(case.largest_score)
             error = relative(out, exact)
             finite = torch.isfinite(exact_lse)
             lse_error = float((lse.double() - exact_lse)[finite].abs().max()) if finite.any() else 0.0
@@ -144,7 +144,7 @@ def check_long(
         yield {"rung": rung.name, "share": share, "ms": ms, "tflops": rate * share, "runs": runs} | {
             "clock_mhz": watch.clock, "watts": watch.power,
         }  # fmt: skip
-    if rung.sparse:
+    if rung.sparse or rung.probe != "None":
         return
     rows = slice(0, L, max(L // 64, 1))
     errors = {}
@@ -190,7 +190,19 @@ def peers(case: Case, seconds: float) -> Iterator[dict[str, Any]]:
         attend = attention.load_fa3() if load == "fa3" else attention.cudnn
         return lambda: attend(*half)
 
-    makers = {"fa3_fp8": fa3_fp8, "fa3_bf16": lambda: ours("fa3"), "cudnn_bf16": lambda: ours("cudnn")}
+    def cudnn_fp8() -> Callable[[], Any]:
+        from cosmos_fast import attention8
+
+        attend, step = attention8.load_cudnn(), case.softmax_scale * (case.q_scale * case.k_scale).mean(0)
+        return lambda: attend(case.q8, case.k8, case.v8, step, torch.bfloat16)
+
+    # cuDNN takes one step for all heads: an error of some per mille beside the others'.
+    makers = {
+        "fa3_fp8": fa3_fp8,
+        "cudnn_fp8": cudnn_fp8,
+        "fa3_bf16": lambda: ours("fa3"),
+        "cudnn_bf16": lambda: ours("cudnn"),
+    }
     for name, make in makers.items():
         try:
             run = make()
@@ -221,7 +233,7 @@ def child(names: list[str], options: argparse.Namespace) -> None:
         try:
             call = caller(rung, options.folder)
             right = True
-            for record in check_small(rung, call):
+            for record in () if rung.probe != "None" else check_small(rung, call):
                 say(record)
                 right &= record["ok"]
             if right or options.wrong_too:
@@ -302,7 +314,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--build", action="store_true", help="compile and stop")
-    parser.add_argument("--only", default="", help="names of rungs, with commas; default all")
+    parser.add_argument("--only", default="", help="names of rungs, with commas; default those not extra")
     parser.add_argument("--length", type=int, default=84480, help="queries and keys of the long runs")
     parser.add_argument("--sustain", type=float, default=0.4, help="seconds of each timing")
     parser.add_argument("--seconds", type=float, default=75.0, help="end of everything")
@@ -319,7 +331,7 @@ def main() -> None:
         child(options.child.split(","), options)
         return
     end = time.monotonic() + options.seconds
-    asked = options.only.split(",") if options.only else [rung.name for rung in RUNGS]
+    asked = options.only.split(",") if options.only else [rung.name for rung in RUNGS if not rung.extra]
     unknown = set(asked) - {rung.name for rung in RUNGS}
     if unknown:
         parser.error(f"--only: must name rungs, got {sorted(unknown)}. There are {[r.name for r in RUNGS]}.")
