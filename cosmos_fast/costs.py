@@ -68,12 +68,23 @@ def parameters(config: NetworkConfig) -> int:
     return sum(prod(shape) for shape in published_shapes(config).values())
 
 
+def network_bytes(config: NetworkConfig, recipe: Recipe) -> int:
+    """Bytes of one network's weights: in 8 bits the matrices of `fp8_weights`, with 4 bytes a row, where the recipe has them."""
+    size, codes = 4 if recipe.dtype == "fp32" else 2, set()
+    if recipe.linear != "bf16":
+        from .fp8_weights import published_matrices  # needs torch, which costs are known without
+
+        codes = published_matrices(config)
+    shapes = published_shapes(config).items()
+    return sum(prod(s) + 4 * s[0] if name in codes else prod(s) * size for name, s in shapes)
+
+
 def memory_bytes(
     config: NetworkConfig, recipe: Recipe, plan: Plan, frames: int, width: int, height: int
 ) -> dict[str, int]:
     """Estimated device bytes: "weights", then for each stage the peak with weights. See MEMORY_FORMULA."""
     size = 4 if recipe.dtype == "fp32" else 2
-    weights = (parameters(config) + VAE_PARAMETERS) * size
+    weights = network_bytes(config, recipe) + VAE_PARAMETERS * size
     live = 3 + 2 * config.mlp_ratio + config.num_control_blocks
     denoise = live * tokens(frames, width, height) * config.width * size
     denoise += 2 * config.text_tokens * config.text_width * size
@@ -84,7 +95,9 @@ def memory_bytes(
     whole, cut = vae_memory(*size_of_picture), strip_memory(*size_of_picture, plan.vae_strips)
     return {
         "weights": weights,
-        "encode": weights + int(cut[0] / whole[0] * scale * (_VAE_ENCODE_GIB[0] + _VAE_ENCODE_GIB[1] * encode_window)),
+        "encode": weights
+        + int(cut[0] / whole[0] * scale * (_VAE_ENCODE_GIB[0] + _VAE_ENCODE_GIB[1] * encode_window)),
         "denoise": weights + denoise,
-        "decode": weights + int(cut[1] / whole[1] * scale * (_VAE_DECODE_GIB[0] + _VAE_DECODE_GIB[1] * decode_window)),
+        "decode": weights
+        + int(cut[1] / whole[1] * scale * (_VAE_DECODE_GIB[0] + _VAE_DECODE_GIB[1] * decode_window)),
     }

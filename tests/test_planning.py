@@ -145,6 +145,10 @@ def test_memory_follows_recipe_and_windows() -> None:
     assert (wide["decode"] - wide["weights"]) / gib == pytest.approx(21.1, rel=0.01)
     for stage, doubled in memory(Plan(vae_encode_window=16), Recipe.fp32()).items():
         assert doubled == pytest.approx(2 * base[stage], abs=2)
+    for name in ("fp8", "fp8_linear"):
+        # 32 blocks, in units of the width: 18 squares of values at a byte less each, 16 rows with 4 bytes more.
+        saved = small["weights"] - memory(recipe=Recipe.preset(name))["weights"]
+        assert saved == 32 * (18 * 2048**2 - 16 * 2048 * 4)
 
 
 # ----------------------------------------------------------------------------------------- the plan

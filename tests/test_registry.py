@@ -70,9 +70,8 @@ def test_opcheck(op: str, case: Case) -> None:
     args = testing.inputs(op, case, "cpu", torch.float32)
     tests = ["test_schema", "test_faketensor"]  # inference only: there is no autograd to check
     if any(isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn for x in args):
-        tests.remove(
-            "test_schema"
-        )  # it compares inputs by a product, which torch does not have for codes on a CPU
+        # It compares inputs by a product, which torch does not have for codes on a CPU.
+        tests.remove("test_schema")
     torch.library.opcheck(overload(op), args, test_utils=tests)
 
 
