@@ -108,8 +108,8 @@ def _qk_norm_rope(r: Random, L: int, N: int, K: int) -> Args:
 
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_mean, v_mean, v_step."""
-    means = [r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2)]
-    return *means, r.normal(N, K, dtype=torch.float32).abs() * 0.01 + 0.005
+    k_mean, v_mean = (r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2))
+    return k_mean, v_mean, r.normal(N, K, dtype=torch.float32).abs() * 0.01 + 0.005
 
 
 def _qkv_codes(r: Random, L: int, N: int, K: int, rotate: int = 0, pack: int = 0) -> Args:
@@ -153,7 +153,10 @@ def _conv3d(
     added: int = 0, last: int = 0,
 ) -> Args:  # noqa: E741  # fmt: skip
     """t x s x s taps; F, H and W of the result, without its stride. added: with a residual. last: channels last."""
-    x, weight = r.normal(B, C, F + t - 1, H + s - 1, W + s - 1), r.normal(O, C, t, s, s) * (t * s * s * C) ** -0.5
+    x, weight = (
+        r.normal(B, C, F + t - 1, H + s - 1, W + s - 1),
+        r.normal(O, C, t, s, s) * (t * s * s * C) ** -0.5,
+    )
     residual = r.normal(B, O, (F - 1) // stride + 1, H, W) if added else None
     if last:
         x, weight = (part.contiguous(memory_format=torch.channels_last_3d) for part in (x, weight))
@@ -167,7 +170,11 @@ def _conv2d(r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1, last:
 
 
 def _norm_silu(r: Random, C: int, F: int, H: int, W: int, B: int = 1, alone: int = 0, last: int = 0) -> Args:
-    x, past, keep = r.normal(B, C, F, H, W), r.normal(B, C, 2, H, W), torch.zeros_like(r.normal(B, C, 2, H, W))
+    x, past, keep = (
+        r.normal(B, C, F, H, W),
+        r.normal(B, C, 2, H, W),
+        torch.zeros_like(r.normal(B, C, 2, H, W)),
+    )
     if last:
         x, past, keep = (part.contiguous(memory_format=torch.channels_last_3d) for part in (x, past, keep))
     return x, r.normal(C, 1, 1, 1), *((None, None) if alone else (past, keep))

@@ -204,7 +204,7 @@ def test_overrides_replace_keys(clip: Path, tmp_path: Path) -> None:
     assert call("plan", spec, "--seed", "1.5", "--checkpoint", "published").code == 2
 
 
-@pytest.mark.parametrize("option, rule", [(("--recipe", "fp8"), "preset must be one of"), (("--vae-window", "3"), "vae_encode_window"), (("--model", "blur"), "model: must be auto or one of"), (("--device", "tpu"), "device"), (("--codec", "h264"), "libx264")])  # fmt: skip
+@pytest.mark.parametrize("option, rule", [(("--recipe", "int4"), "preset must be one of"), (("--vae-window", "3"), "vae_encode_window"), (("--model", "blur"), "model: must be auto or one of"), (("--device", "tpu"), "device"), (("--codec", "h264"), "libx264")])  # fmt: skip
 def test_bad_options_start_nothing(
     models: Path, clip: Path, tmp_path: Path, option: tuple[str, str], rule: str
 ) -> None:

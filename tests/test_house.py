@@ -26,14 +26,23 @@ LAYERS: dict[int, tuple[str, str]] = {
     ),
     1: ("attention attention8 convolution kernels", "reference _native"),
     2: ("ops", "dispatch operands"),
-    3: ("quant parallel", "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8 ops_vae"),
+    3: (
+        "quant parallel",
+        "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8 ops_vae",
+    ),
     4: (
         "network vae text text_cache depth segmentation tiny_style style guardrails",
         "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
     ),
     5: ("sampler cache graphs", "vae_strips readback"),
-    6: ("engine", "planning clip_plan clip_parts layout inputs reading vae_stage vae_split costs models makers"),
-    7: ("cli", "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools cli_parallel solo team team_store launch"),
+    6: (
+        "engine",
+        "planning clip_plan clip_parts layout inputs reading vae_stage vae_split costs models makers",
+    ),
+    7: (
+        "cli",
+        "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools cli_parallel solo team team_store launch",
+    ),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
 NOUNS = {name for nouns, _ in LAYERS.values() for name in nouns.split()}

@@ -158,7 +158,9 @@ def test_the_vae_beside_its_peers_with_stages_windows_errors_and_a_clips_end(pla
     assert "| encode, 17 x 352 x 640 | 2.0e-06 | 1.00e-02 | 3.00e-02 |" in text
     assert "| 2.25 | 1.75 | 0.38 | 1.50 | 16 |" in text
     found = figures(place)
-    assert found["vae_decode_s"]["peer"] == {"diffusers": 5.5} and found["last_step_to_mp4_s"]["value"] == 2.25
+    assert (
+        found["vae_decode_s"]["peer"] == {"diffusers": 5.5} and found["last_step_to_mp4_s"]["value"] == 2.25
+    )
     assert found["vae_decode_peak_gib.strips"]["value"] == 2.25
     assert found["vae_encode_error"]["peer"] == {"diffusers": 0.03}
 
