@@ -97,8 +97,8 @@ def check_linear_head_norm(x: Tensor, w: Tensor, gain: Tensor, eps: float) -> No
     fits = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype
     _check(fits, "linear_head_norm", "x must be (L, D) and w (N*K, D) of one dtype", [(tuple(t.shape), t.dtype) for t in (x, w)])  # fmt: skip
     _check(x.is_contiguous() and w.is_contiguous(), "linear_head_norm", "x and w must be contiguous", (x.stride(), w.stride()))  # fmt: skip
-    _check(gain.dim() == 1 and K >= 16 and K & (K - 1) == 0 == w.shape[0] % K, "linear_head_norm",
-           "gain must be (K,), K a power of two from 16, and w (N*K, D)", (tuple(gain.shape), tuple(w.shape)))  # fmt: skip
+    _check(gain.dim() == 1 and K > 0 == w.shape[0] % K, "linear_head_norm",
+           "gain must be (K,) and w (N*K, D)", (tuple(gain.shape), tuple(w.shape)))  # fmt: skip
     _check(w.shape[1] % 8 == 0, "linear_head_norm", "D must be a multiple of 8", w.shape[1])
 
 

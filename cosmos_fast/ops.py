@@ -237,7 +237,7 @@ def linear_gelu(x: Tensor, w: Tensor) -> Tensor:
 def linear_head_norm(x: Tensor, w: Tensor, gain: Tensor) -> Tensor:
     """RMS norm over each head's K features of x @ w^T, times gain (K,): x (L, D), w (N*K, D) -> (L, N, K). eps 1e-6.
 
-    D a multiple of 8, K a power of two from 16; products in fp32.
+    D a multiple of 8; products in fp32.
     """
     return _linear_head_norm(x, w, gain, EPS)
 

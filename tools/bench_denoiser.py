@@ -46,9 +46,8 @@ from conftest import environment  # noqa: E402
 from cosmos_fast import costs, dispatch, ops, sampler, testing  # noqa: E402
 from cosmos_fast.graphs import Graphed  # noqa: E402
 
-PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"} | {
-    name: "composed" for name in ("linear_gelu", "linear_head_norm")
-}
+PLAIN = {name: "reference" for name in dispatch.TABLE if name != "attention"}
+PLAIN |= {"linear_gelu": "composed", "linear_head_norm": "composed"}
 """What torch offers: the reference of every op but those around a product, which stays torch's own, in bf16."""
 
 FAST_OPS = (
