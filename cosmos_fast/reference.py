@@ -336,21 +336,27 @@ def normalized(frames: Tensor, out: torch.dtype) -> Tensor:
     return frames.to(out).div(half).sub(1)
 
 
+def _as_laid_out(x: Tensor, y: Tensor) -> Tensor:
+    """y in the layout of x: torch's convs keep it or not, depending on the size."""
+    last = x.stride(1) == 1
+    return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+
+
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, time_stride: int) -> Tensor:
     """Convolution without padding, strides in time only, then + residual: (B, C, F, H, W) -> (B, O, F', H', W')."""
     y = F.conv3d(x, weight, bias, stride=(time_stride, 1, 1))
-    return y if residual is None else y + residual
+    return _as_laid_out(x, y if residual is None else y + residual)
 
 
 def conv_half(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """3x3, stride 2, on every frame with one zero column on the right and one zero row at the bottom."""
-    return F.conv3d(F.pad(x, (0, 1, 0, 1)), weight[:, :, None], bias, stride=(1, 2, 2))
+    return _as_laid_out(x, F.conv3d(F.pad(x, (0, 1, 0, 1)), weight[:, :, None], bias, stride=(1, 2, 2)))
 
 
 def conv_double(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest neighbour x2 of every frame, then 3x3 with zero padding."""
     big = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-    return F.conv3d(big, weight[:, :, None], bias, padding=(0, 1, 1))
+    return _as_laid_out(x, F.conv3d(big, weight[:, :, None], bias, padding=(0, 1, 1)))
 
 
 def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, keep: Tensor | None) -> Tensor:
