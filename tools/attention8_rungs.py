@@ -81,7 +81,6 @@ RUNGS = (
     Rung("three_free", **THREE | {"turns": False}, max3=True, cluster=2),
     Rung("deep", "Deep"),
     Rung("deep_turns", "Deep", turns=True),
-    Rung("deep_max3", "Deep", max3=True),
     Rung("deep_cluster", "Deep", cluster=2),
     Rung("deep_poly1", "Deep", poly=1),
     Rung("overlap_turns", "Overlap", turns=True),

@@ -1,0 +1,139 @@
+"""Attention over e4m3 codes, dense or over lists of key tiles: `attention_fp8`, `attention_fp8_tiles`.
+
+    score = score_step * (q . k)
+    out   = softmax over the keys (score) @ (v_step * v) + v_mean
+    lse   = log of the sum of exp(score) over the same keys, natural
+
+Shapes: q (L, N, K), k (S, N, K), v (S, N, K) or packed (N, K, S up to 16, see `reference.packed`), all e4m3; score_step
+(1,), v_step and v_mean (N, K) fp32. Weights are rounded to e4m3 before they meet v, multiplied by 2^LIFT so that small
+ones keep their digits; their sum is of what they were before. The readable twin of csrc/attention8.cuh, and what runs
+where that does not.
+
+The sparse form takes for each head and each query tile the key tiles it sees: key_tiles (N, query tiles, capacity) int32 in
+any order, of which the first key_counts (N, query tiles) int32 count. Time goes with the tiles kept. With lse, outputs over
+disjoint lists merge into that over all their keys: weights exp(lse - lse of all).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from cosmos_fast.kernels.launch import on_device_of
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Queries and keys of one step of a program, both powers of two; warps of 32 threads; steps loaded ahead."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Not measured yet.
+DENSE, SPARSE = Tiling(128, 128, 8, 3), Tiling(64, 32, 4, 3)
+TILE = (192, 96)
+"""Queries and keys of the tiles that lists name: those of csrc/attention8.cu, multiples of SPARSE's."""
+
+LIFT = tl.constexpr(8.0)
+
+
+@triton.jit
+def _codes(p, ROUND: tl.constexpr):
+    """e4m3. ROUND: to its three bits behind the point first, for the interpreter, whose cast forgets a carry."""
+    if ROUND:
+        wide = p * 1048577.0  # 2^20 + 1: what is left of 24 bits are four
+        p = wide - (wide - p)
+    return p.to(tl.float8e4nv)
+
+
+@triton.jit
+def _attention8_kernel(
+    q, k, v, score_step, v_step, v_mean, key_tiles, key_counts, out, lse, L, S, padded, query_tiles, capacity,
+    N: tl.constexpr, K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = TILE_K // KEYS
+    head, first = tl.program_id(1), tl.program_id(0) * QUERIES
+    rows, cols = first + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    inside = (rows[:, None] < L) & (cols[None, :] < K)
+    at = rows[:, None].to(tl.int64) * (N * K) + head * K + cols[None, :]
+    queries = tl.load(q + at, inside, 0.0)
+    scale = tl.load(score_step) * 1.4426950408889634
+    peak = tl.full((QUERIES,), -float("inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    values = tl.zeros((QUERIES, WIDTH), tl.float32)
+    count = tl.cdiv(S, TILE_K)
+    row = head * query_tiles + first // TILE_Q
+    if LISTED:
+        count = tl.load(key_counts + row)
+    for step in range(count * STEPS):
+        tile = step // STEPS
+        if LISTED:
+            tile = tl.load(key_tiles + row.to(tl.int64) * capacity + tile)
+        place = tile * TILE_K + step % STEPS * KEYS + tl.arange(0, KEYS)
+        key = place
+        if PACKED:  # keys in the order of v's columns: a softmax takes them in any
+            key = (
+                place - place % 16 + place % 2 + place // 2 % 2 * 8 + place // 4 % 2 * 2 + place // 8 % 2 * 4
+            )
+        there = key.to(tl.int64) * (N * K) + head * K
+        keys = tl.load(k + there[None, :] + cols[:, None], (key[None, :] < S) & (cols[:, None] < K), 0.0)
+        score = tl.where(key[None, :] < S, tl.dot(queries, keys) * scale, -float("inf"))
+        top = tl.maximum(peak, tl.max(score, 1))
+        base = tl.where(top == -float("inf"), 0.0, top)  # a list may name a tile that ends before this step
+        shrink = tl.exp2(peak - base)
+        weight = tl.exp2(score - base[:, None] + LIFT)
+        total = total * shrink + tl.sum(weight, 1)
+        peak = top
+        if PACKED:
+            down = (head * K + cols[:, None]).to(tl.int64) * padded
+            part = tl.trans(
+                tl.load(v + down + place[None, :], (place[None, :] < padded) & (cols[:, None] < K), 0.0)
+            )
+        else:
+            part = tl.load(v + there[:, None] + cols[None, :], (key[:, None] < S) & (cols[None, :] < K), 0.0)
+        values = values * shrink[:, None] + tl.dot(_codes(weight, ROUND), part)
+    seen = total > 0
+    share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
+    table = head * K + cols
+    step_of, mean_of = tl.load(v_step + table, cols < K, 0.0), tl.load(v_mean + table, cols < K, 0.0)
+    y = values * share[:, None] * step_of[None, :] + mean_of[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), inside)
+    log = 0.6931471805599453 * (peak - LIFT + tl.log2(tl.where(seen, total, 1.0)))
+    tl.store(lse + head.to(tl.int64) * L + rows, tl.where(seen, log, -float("inf")), rows < L)
+
+
+def attention_fp8_tiles(
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
+    key_tiles: Tensor | None = None, key_counts: Tensor | None = None, *, tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(L, N, K) in `out` and lse (N, L) fp32. Lists name tiles of TILE; a query tile without keys gets v_mean and -inf."""
+    L, N, K = q.shape
+    S, listed = k.shape[0], key_tiles is not None
+    tiling = tiling or (SPARSE if listed else DENSE)
+    y, lse = q.new_empty(q.shape, dtype=out), q.new_empty(N, L, dtype=torch.float32)
+    if y.numel() == 0:
+        return y, lse
+    tile = TILE if listed else (tiling.queries, tiling.keys)
+    with on_device_of(q):
+        _attention8_kernel[(triton.cdiv(L, tiling.queries), N)](
+            q, k, v, score_step, v_step, v_mean, key_tiles if listed else q, key_counts if listed else q, y, lse,
+            L, S, triton.cdiv(S, 16) * 16, triton.cdiv(L, tile[0]), key_tiles.shape[2] if key_tiles is not None else 0,
+            N=N, K=K, QUERIES=tiling.queries, KEYS=tiling.keys, WIDTH=max(triton.next_power_of_2(K), 32),
+            TILE_Q=tile[0], TILE_K=tile[1], PACKED=v.shape != k.shape, LISTED=listed, ROUND=not q.is_cuda,
+            num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+    return y, lse
+
+
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype
+) -> Tensor:
+    """(L, N, K) in `out`: the softmax over all keys."""
+    return attention_fp8_tiles(q, k, v, score_step, v_step, v_mean, out)[0]

@@ -1,0 +1,253 @@
+"""The 8-bit attention kernels: the Triton twin interpreted, the layouts of the CUDA one, and both on a GPU."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_fast import _native, reference, testing
+from cosmos_fast.reference import PACK
+
+testing.kernels_from_checkout()
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+def twin() -> Any:
+    from cosmos_fast.kernels import attention8
+
+    return attention8
+
+
+def operands(L: int, S: int, N: int, K: int, device: str = "cpu", packed: bool = True) -> tuple[Tensor, ...]:
+    """q, k, v, score_step, v_step, v_mean: scores up to about 5."""
+    draw = torch.Generator().manual_seed(L + 7 * S)
+    q, k, v = ((torch.randn(n, N, K, generator=draw) * 30).to(torch.float8_e4m3fn) for n in (L, S, S))
+    v_step, v_mean = torch.rand(N, K, generator=draw) + 0.5, torch.randn(N, K, generator=draw)
+    step = torch.full((1,), 1.5 * K**-0.5 / 900)
+    given = q, k, reference.packed(v) if packed else v, step, v_step, v_mean
+    return tuple(x.to(device) for x in given)
+
+
+def exact(given: tuple[Tensor, ...], keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """fp64 output and lse over the keys where keep (N, L, S) is true; v_mean and -inf without any."""
+    q, k, v, step, v_step, v_mean = given
+    rows = v if v.shape == k.shape else reference.unpacked(v, k.shape[0])
+    score = q.double().transpose(0, 1) @ k.double().permute(1, 2, 0) * step.double()
+    if keep is not None:
+        score = score.masked_fill(~keep, -math.inf)
+    lse = score.logsumexp(-1)
+    weights = torch.nan_to_num((score - lse[..., None]).exp())
+    values = weights @ (rows.double() * v_step.double()).transpose(0, 1) + v_mean.double()[:, None]
+    return values.transpose(0, 1), lse
+
+
+def lists(L: int, S: int, N: int, share: float, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """key_tiles in random order with rubbish behind their ends, key_counts, and the kept keys as flags (N, L, S)."""
+    tile_q, tile_k = twin().TILE
+    rows, columns = -(-L // tile_q), -(-S // tile_k)
+    draw = torch.Generator().manual_seed(L + S)
+    kept = torch.rand(N, rows, columns, generator=draw) < share
+    kept[0, 0] = False  # a query tile without keys
+    if N > 1:
+        kept[1, 0] = True
+    order = torch.where(kept, torch.rand(kept.shape, generator=draw), 2.0).argsort(-1).int()
+    counts = kept.sum(-1).int()
+    order[torch.arange(columns) >= counts[..., None]] = 10**6
+    flags = kept.repeat_interleave(tile_q, 1)[:, :L].repeat_interleave(tile_k, 2)[..., :S]
+    return order.contiguous().to(device), counts.to(device), flags.to(device)
+
+
+def agree(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], mean: Tensor) -> None:
+    """Outputs less the mean, which would hide an error, to what rounding of the weights costs; lse to 5e-3."""
+    (out, lse), (out_64, lse_64) = got, wanted
+    assert testing.rel_error(out.double() - mean, out_64 - mean) < 0.04
+    assert torch.equal(torch.isfinite(lse), torch.isfinite(lse_64))
+    seen = torch.isfinite(lse_64)
+    assert float((lse.double() - lse_64)[seen].abs().max()) < 5e-3
+
+
+# --- the twin, interpreted ---
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("L", "S", "N", "K"), [(1, 1, 1, 32), (70, 65, 2, 64), (40, 300, 1, 128), (5, 17, 3, 96)]
+)
+def test_twin_is_attention(L: int, S: int, N: int, K: int, packed: bool) -> None:
+    given = operands(L, S, N, K, packed=packed)
+    for tiling in (twin().DENSE, twin().Tiling(32, 64, 4, 1)):
+        agree(twin().attention_fp8_tiles(*given, torch.float32, tiling=tiling), exact(given), given[5])
+
+
+@pytest.mark.interpret
+def test_twin_sees_the_tiles_of_its_lists_and_no_others() -> None:
+    L, S, N = 200, 500, 2
+    given, (tiles, counts, keep) = operands(L, S, N, 64), lists(L, S, N, 0.5)
+    out, lse = twin().attention_fp8_tiles(*given, torch.float32, tiles, counts)
+    agree((out, lse), exact(given, keep), given[5])
+    assert torch.equal(out[:192, 0], given[5][0].expand(192, -1)) and torch.isinf(lse[0, :192]).all()
+
+
+@pytest.mark.interpret
+def test_parts_merge_by_their_sums() -> None:
+    given = operands(192, 400, 1, 32)
+    every = torch.arange(-(-400 // twin().TILE[1]), dtype=torch.int32).view(1, 1, -1)
+    first, rest = every[..., :2].contiguous(), every[..., 2:].contiguous()
+    run = lambda part: twin().attention_fp8_tiles(  # noqa: E731
+        *given, torch.float32, part, torch.full((1, 1), part.shape[2], dtype=torch.int32)
+    )
+    (a, a_lse), (b, b_lse) = run(first), run(rest)
+    lse = torch.logaddexp(a_lse, b_lse)
+    merged = a * (a_lse - lse).exp().T[..., None] + b * (b_lse - lse).exp().T[..., None]
+    agree((merged, lse), exact(given), given[5])
+
+
+@pytest.mark.interpret
+def test_steps_without_a_key_change_nothing() -> None:
+    """A tile of 96 is three steps of 32; of the last tile of 100 keys two lie past the end."""
+    given = operands(3, 100, 1, 32)
+    tiles, counts = torch.tensor([[[1, 0]]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32)
+    agree(twin().attention_fp8_tiles(*given, torch.float32, tiles, counts), exact(given), given[5])
+
+
+# --- the layouts of the CUDA kernel ---
+
+
+def header(name: str) -> str:
+    return (ROOT / "csrc" / name).read_text()
+
+
+def test_the_order_of_packed_values_is_the_kernels() -> None:
+    order = re.search(r"kAttention8Order\[16\] = \{([^}]*)\}", header("attention8.h"))
+    assert order is not None
+    assert tuple(int(x) for x in order[1].split(",")) == tuple(PACK)
+
+
+def test_scores_become_the_operand_of_the_second_product() -> None:
+    """`pack` of attention8.cuh on numbered registers, by the layouts that hopper.cuh states."""
+    keys = 96
+    score = np.arange(8 * keys).reshape(8, keys)  # the rows of a quad each, g = 0..7
+    operand = np.full((8, keys), -1)
+    for g in range(8):
+        for t in range(4):
+            # d[4 j + e]: column 8 j + 2 t + e % 2 of row g + 8 (e / 2); of row g, e is 0 or 1.
+            held = {4 * j + e: score[g, 8 * j + 2 * t + e] for j in range(keys // 8) for e in (0, 1)}
+            for k in range(keys // 32):
+                for a in (0, 2):  # registers of row g: 16 columns apart, bytes 4 t .. 4 t + 3
+                    at = 16 * k + 8 * (a // 2) + 2 * (a % 2)
+                    first = 32 * k + 16 * (a // 2) + 4 * t
+                    operand[g, first : first + 4] = [held[at], held[at + 1], held[at + 4], held[at + 5]]
+    # Column c of the operand meets column c of V, which holds key PACK[c % 16] of its group of 16.
+    wanted = score.reshape(8, -1, 16)[..., list(PACK)].reshape(8, keys)
+    assert np.array_equal(operand, wanted)
+
+
+def in_thirteen_bits(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """q k^T as Hopper sums it: 32 products and the sum before them, cut off 13 bits below the largest."""
+    total = np.zeros((len(q), len(k)))
+    for at in range(0, q.shape[1], 32):
+        terms = q[:, None, at : at + 32] * k[None, :, at : at + 32]
+        terms = np.concatenate((terms, total[..., None]), -1)
+        unit = np.exp2(np.floor(np.log2(np.abs(terms).max(-1, keepdims=True) + 1e-30)) - 13)
+        total = np.trunc(terms / unit).sum(-1) * unit[..., 0]
+    return total
+
+
+@pytest.mark.parametrize("double", [1.0, 4.0])
+def test_the_bound_of_the_sums_is_that_of_thirteen_bits(double: float) -> None:
+    """Scores in steps of 1 and of 4 (both operands' blocks doubled): as far off as the tensor cores, no further."""
+    from attention8_cases import lse_allowed
+
+    draw = np.random.default_rng(0)
+    codes = [
+        torch.from_numpy(draw.standard_normal((n, 128)) * 100).to(torch.float8_e4m3fn) for n in (160, 513)
+    ]
+    q, k = (x.double().numpy() for x in codes)
+    step = double * 128**-0.5 / 1e4
+    scores, cut = q @ k.T * step, in_thirteen_bits(q, k) * step
+    log = lambda x: np.log(np.exp(x).sum(-1))  # noqa: E731
+    off, allowed = np.abs(log(scores) - log(cut)).max(), lse_allowed(float(np.abs(scores).max()))
+    assert allowed / 50 < off < allowed
+    scores[:, -1] = -np.inf  # a key left out
+    flat = np.abs(log(q @ k.T * step * 1e-3) - log(scores * 1e-3)).max()
+    assert flat > 1.9e-3  # what the check of exact data, whose scores are small, sees
+
+
+# --- the CUDA kernel ---
+
+SIZES = [(1, 1), (63, 65), (192, 96), (193, 97), (200, 1000), (1, 4113), (1000, 4113), (4113, 513)]
+
+
+def own(*given: Any) -> tuple[Tensor, Tensor]:
+    if not _native.available("attention8_cuda"):
+        pytest.skip(str(_native.reason("attention8_cuda")))
+    return torch.ops.cosmos_fast.attention8_cuda(*given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("L", "S"), SIZES)
+def test_cuda_kernel_is_attention_at_any_length(L: int, S: int) -> None:
+    given = operands(L, S, 3, 128, "cuda")
+    agree(own(*given), exact(given), given[5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize(("L", "S"), [(1000, 4113), (193, 97)])
+def test_cuda_kernel_sees_its_lists(L: int, S: int, share: float) -> None:
+    given, (tiles, counts, keep) = operands(L, S, 2, 128, "cuda"), lists(L, S, 2, share, "cuda")
+    for got in (
+        own(*given, tiles, counts),
+        twin().attention_fp8_tiles(*given, torch.bfloat16, tiles, counts),
+    ):
+        agree(got, exact(given, keep), given[5])
+
+
+@pytest.mark.gpu
+def test_cuda_kernel_repeats_itself_and_reads_nothing_past_its_operands() -> None:
+    given = operands(1000, 4113, 3, 128, "cuda")
+    first, _ = own(*given)
+    filled = [
+        torch.full((x.numel() + 8192,), 0x7E, dtype=torch.uint8, device="cuda") for x in given[:3]
+    ]  # 448
+    parts = []
+    for x, room in zip(given[:3], filled, strict=True):
+        room[: x.numel()] = x.flatten().view(torch.uint8)
+        parts.append(room[: x.numel()].view(torch.float8_e4m3fn).view(x.shape))
+    for _ in range(3):
+        assert torch.equal(own(*parts, *given[3:])[0], first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [64, 128])
+def test_compiled_twin_is_attention(K: int) -> None:
+    for L, S in ((63, 65), (1000, 1113)):
+        given = operands(L, S, 2, K, "cuda")
+        agree(twin().attention_fp8_tiles(*given, torch.bfloat16), exact(given), given[5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({2: torch.float32}, "v must be float8_e4m3fn"),
+        ({3: torch.float64}, "score_step must be 1 float32"),
+    ],
+)
+def test_cuda_op_refuses_what_does_not_fit(change: dict[int, torch.dtype], words: str) -> None:
+    given = list(operands(5, 20, 2, 128, "cuda"))
+    own(*given)
+    for at, kind in change.items():
+        given[at] = given[at].to(kind)
+    with pytest.raises(RuntimeError, match=words):
+        own(*given)
