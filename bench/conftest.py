@@ -7,13 +7,8 @@ small cases on the CPU, to check the benchmarks themselves, and records nothing 
 from __future__ import annotations
 
 import json
-import platform
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
@@ -22,6 +17,7 @@ from typing import Any
 import pytest
 import roofline
 import torch
+from records import destination, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUND_S = 5e-3
@@ -132,9 +128,6 @@ class Record:
         self.peaks: roofline.Peaks | None = None
 
     def write(self, folder: Path, environment: dict[str, Any]) -> list[Path]:
-        folder = folder / re.sub(r"[^a-z0-9]+", "-", str(environment["gpu"] or "cpu").lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        stamp = f"{environment['date'][:10]}-{(environment['commit'] or 'nocommit')[:8]}"
         paths = []
         for name, rows in self.rows.items():
             body = {
@@ -143,7 +136,7 @@ class Record:
                 "peaks": self.peaks and self.peaks.as_dict(),
                 "rows": rows,
             }
-            path = folder / f"{stamp}-{name}.json"
+            path = destination(folder, environment, name)
             path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
             paths.append(path)
         return paths
@@ -217,36 +210,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             folder or ROOT / "bench" / "results", environment(session.config.getoption("--benchmark-commit"))
         ):
             print(f"\nrecord: {path}")
-
-
-def _tell(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def environment(commit: str | None) -> dict[str, Any]:
-    """What a number depends on: GPU and its limits, versions, commit, date. `commit` serves copies without git."""
-    fields = "driver_version,power.limit,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu"
-    smi = _tell("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") or ""
-    head = _tell("git", "rev-parse", "HEAD")
-    status = _tell("git", "status", "--porcelain", "--untracked-files=no") if head else None
-    try:
-        import triton
-    except ImportError:
-        triton = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "gpus": torch.cuda.device_count(),
-        "nvidia_smi": dict(zip(fields.split(","), smi.splitlines()[0].split(", "))) if smi else None,
-        "cpu": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": getattr(triton, "__version__", None),
-        "commit": head or commit,
-        "dirty": bool(status) if status is not None else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }

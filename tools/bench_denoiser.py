@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
@@ -41,8 +40,8 @@ from denoiser import GRIDS, STEP, Bench, Call  # noqa: E402
 from denoiser_summary import goals, summary  # noqa: E402
 from peers import Diffusers  # noqa: E402
 from published import gib, relative_l2  # noqa: E402
+from records import destination, environment  # noqa: E402
 
-from conftest import environment  # noqa: E402
 from cosmos_fast import costs, dispatch, ops, sampler, testing  # noqa: E402
 from cosmos_fast.graphs import Graphed  # noqa: E402
 
@@ -273,18 +272,6 @@ def compose(b: Bench) -> None:
 # --- running them ----------------------------------------------------------------------------------
 
 
-def destination(out: Path, record: dict[str, Any]) -> Path:
-    """The file itself, or in a folder the place that tools/report.py reads: <gpu>/<date>-<commit>-denoiser.json."""
-    if out.suffix == ".json":
-        path = out
-    else:
-        env = record["environment"]
-        gpu = re.sub(r"[^a-z0-9]+", "-", str(env["gpu"] or "cpu").lower()).strip("-")
-        path = out / gpu / f"{env['date'][:10]}-{(env['commit'] or 'nocommit')[:8]}-denoiser.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a .json file, or the folder bench/results")
@@ -309,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
 
     testing.kernels_from_checkout()
     b = Bench(args, environment(args.commit))
-    path = destination(args.out, b.record)
+    path = destination(args.out, b.record["environment"], "denoiser")
     steps: dict[str, Callable[[Bench], None]] = {
         "trace": traces, "waterfall": waterfall, "accuracy": accuracy, "block": block, "first": first, "job": job,
     }  # fmt: skip

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import sys
 import time
 import traceback
@@ -35,8 +34,8 @@ import published  # noqa: E402
 from denoiser import STEP, Bench  # noqa: E402
 from fp8_linears import Call, Linears  # noqa: E402
 from published import gib, relative_l2  # noqa: E402
+from records import destination, environment  # noqa: E402
 
-from conftest import environment  # noqa: E402
 from cosmos_fast import quant, testing  # noqa: E402
 from cosmos_fast.network import Network  # noqa: E402
 from cosmos_fast.network_keys import to_ours  # noqa: E402
@@ -106,16 +105,6 @@ def held_bytes(net: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in (*net.parameters(), *net.buffers()))
 
 
-def destination(out: Path, record: dict[str, Any]) -> Path:
-    """The file itself, or in a folder the place that tools/report.py reads: <gpu>/<date>-<commit>-fp8.json."""
-    if out.suffix != ".json":
-        env = record["environment"]
-        gpu = re.sub(r"[^a-z0-9]+", "-", str(env["gpu"] or "cpu").lower()).strip("-")
-        out = out / gpu / f"{env['date'][:10]}-{(env['commit'] or 'nocommit')[:8]}-fp8.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def te_version() -> str | None:
     try:
         return str(import_module("transformer_engine").__version__)
@@ -143,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     testing.kernels_from_checkout()
     b = Bench(args, environment(args.commit))
     b.record |= {"kind": "fp8", "transformer_engine": te_version(), "linears": {}}
-    path = destination(args.out, b.record)
+    path = destination(args.out, b.record["environment"], "fp8")
     linears = Linears(b)
     D, M = linears.c.width, linears.c.mlp_width
     parts: dict[str, dict[str, Callable[[], None]]] = {

@@ -24,9 +24,10 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import torch  # noqa: E402
+from records import environment  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cosmos_fast import ops, ops_attention8, self_attention, testing  # noqa: E402
@@ -57,7 +58,7 @@ class Run:
         self.L = self.cos.shape[0]
         self.flop = 4 * self.L**2 * self.N * self.K
         self.record: dict[str, Any] = {
-            "kind": "attention8", "environment": environment(self.device), "shape": [self.L, self.N, self.K],
+            "kind": "attention8", "environment": environment(args.commit) | {"libraries": libraries()}, "shape": [self.L, self.N, self.K],
             "errors": {}, "attention": {}, "producers": {}, "checks": {}, "failures": {},
         }  # fmt: skip
 
@@ -131,10 +132,10 @@ class Run:
         return qkv, q_gain, k_gain, self.cos, self.sin
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%dT%H:%M:%S")}  # fmt: skip
-    found["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    for module in ("triton", "fa3_fwd_interface", "flash_attn_interface", "cudnn"):
+def libraries() -> dict[str, Any]:
+    """Versions of what computes attention, or why it is not there."""
+    found: dict[str, Any] = {}
+    for module in ("fa3_fwd_interface", "flash_attn_interface", "cudnn"):
         try:
             found[module] = str(getattr(__import__(module), "__version__", "present"))
         except Exception as error:
@@ -335,6 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sustain-s", type=float, default=0, help="seconds of each implementation without a break"
     )
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(argv)
     testing.kernels_from_checkout()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 import traceback
@@ -28,8 +27,10 @@ from statistics import median, quantiles
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import torch
+from records import environment
 
 from cosmos_fast import _native, reference, testing
 from cosmos_fast.dispatch import TABLE
@@ -307,17 +308,10 @@ def fixed_block(op: str, args: tuple[Any, ...]) -> int:
     return 1
 
 
-def environment(run: Run) -> dict[str, Any]:
-    import triton
-
-    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else None
+def native() -> dict[str, str]:
+    """Symbol of the compiled half -> "built", or why it is not there."""
     symbols = {c.symbol for row in TABLE.values() for c in row.candidates if c.symbol is not None}
-    native = {symbol: _native.reason(symbol) or "built" for symbol in sorted(symbols)}
-    return {
-        "gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
-        "python": platform.python_version(), "native": native,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    return {symbol: _native.reason(symbol) or "built" for symbol in sorted(symbols)}
 
 
 def main() -> int:
@@ -327,6 +321,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="comma-separated op names")
     parser.add_argument("--compile-budget", type=float, default=20.0, metavar="SECONDS")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: needs a CUDA device, torch {torch.__version__} sees none.")
@@ -337,10 +332,11 @@ def main() -> int:
     ops = [op for op in ops if not options.only or op in options.only.split(",")]
     kinds = {op: torch.float32 if op in FP32 else dtype for op in ops}
     run, start = Run(options.device), time.perf_counter()
+    where = environment(options.commit) | {"native": native()}
     try:
         run.measure_copy()
         run.measure_gemm()
-        print(f"copy {run.copy_gb_s:.0f} GB/s on {environment(run)['gpu']}", flush=True)
+        print(f"copy {run.copy_gb_s:.0f} GB/s on {where['gpu']}", flush=True)
         for op in ops:
             production(run, op, group, kinds[op])
         for op in ops:
@@ -364,7 +360,7 @@ def main() -> int:
         traceback.print_exc()
     finally:
         body = {
-            "kind": "kernels", "environment": environment(run), "copy_gb_s": run.copy_gb_s, "gemm_tflop_s": run.gemm_tflop_s, "checks": run.checks,
+            "kind": "kernels", "environment": where, "copy_gb_s": run.copy_gb_s, "gemm_tflop_s": run.gemm_tflop_s, "checks": run.checks,
             "seconds": time.perf_counter() - start, "rows": run.rows, "sweep": run.sweep, "failures": run.failures,
         }  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
 
 import published  # noqa: E402
 from published import relative_l2  # noqa: E402
+from records import environment  # noqa: E402
 
-from conftest import environment  # noqa: E402
 from cosmos_fast import dispatch, testing  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
 from cosmos_fast.exchange import Exchanged, exact_attend, exact_operands, fp8_attend, fp8_operands  # noqa: E402

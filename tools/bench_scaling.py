@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -36,12 +35,12 @@ from trace import trace  # noqa: E402
 
 import published  # noqa: E402
 from published import relative_l2  # noqa: E402
+from records import destination, environment  # noqa: E402
 from report_scaling import gains  # noqa: E402
 from scaling_ranks import Traffic, parent, reader  # noqa: E402
 from scaling_trace import overlap, profiled  # noqa: E402
 from watch import Watch  # noqa: E402
 
-from bench.conftest import environment  # noqa: E402
 from cosmos_fast import dispatch, parallel, sampler, testing  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
 from cosmos_fast.exchange import Exchanged  # noqa: E402
@@ -321,17 +320,6 @@ def summary(record: dict[str, Any], section: str) -> str:
     return "\n".join(lines)
 
 
-def destination(out: Path, record: dict[str, Any]) -> Path:
-    if out.suffix == ".json":
-        path = out
-    else:
-        env = record["environment"]
-        gpu = re.sub(r"[^a-z0-9]+", "-", str(env["gpu"] or "cpu").lower()).strip("-")
-        path = out / gpu / f"{env['date'][:10]}-{(env['commit'] or 'nocommit')[:8]}-scaling.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -350,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         return parent([__file__, *arguments], args.deadline_s)
     testing.kernels_from_checkout()
     b = Bench(args)
-    b.args.out = destination(args.out, b.record)
+    b.args.out = destination(args.out, b.record["environment"], "scaling")
     b.record["ops"] = [
         {"op": op, "chosen": name} for op, name, _ in dispatch.explain(b.device, torch.bfloat16)
     ]

@@ -29,12 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
 
 import roofline  # noqa: E402
-from bench_denoiser import destination  # noqa: E402
 from published import relative_l2  # noqa: E402
+from records import destination, environment  # noqa: E402
 from vae import PARTS, Diffusers, VAEBench, build, stages, timed_stages  # noqa: E402
 from vae_clip import clip, encoder  # noqa: E402
 
-from conftest import environment  # noqa: E402
 from cosmos_fast import ops, testing, vae_strips  # noqa: E402
 from cosmos_fast.vae import flops  # noqa: E402
 from cosmos_fast.vae_rows import strip_flops, strip_memory  # noqa: E402
@@ -288,9 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     testing.kernels_from_checkout()
     b = VAEBench(args, environment(args.commit))
-    path = destination(args.out, b.record)
-    if args.out.suffix != ".json":
-        path = path.with_name(path.name.replace("-denoiser.json", "-vae.json"))  # beside the denoiser's
+    path = destination(args.out, b.record["environment"], "vae")
 
     def measure_peaks() -> None:
         if b.device.type == "cuda":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from cosmos_fast import convolution as library  # noqa: E402
 from cosmos_fast import testing  # noqa: E402
@@ -39,6 +39,7 @@ from cosmos_fast.kernels import convolution as conv  # noqa: E402
 from cosmos_fast.kernels import norm_silu as norm  # noqa: E402
 from cosmos_fast.kernels.convolution import Tiles  # noqa: E402
 from cosmos_fast.kernels.launch import Config  # noqa: E402
+from records import environment  # noqa: E402
 from vae_layers import CORNER, Layer, call, choices, compiled, fastest, layers, operands, relative, told  # noqa: E402
 
 MS = 120.0  # of launches for one figure
@@ -331,6 +332,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first two tiles of each layer")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--commit", help="commit to record where git cannot tell")
     options = parser.parse_args()
     run = Run(options)
     wanted = [part for part in options.only.split(",") if part]
@@ -371,11 +373,7 @@ def main() -> int:
     body |= {
         "layers": [asdict(layer) | {"name": layer.name, "flop": layer.flop} for layer in found],
         "rows": run.rows, "seconds": time.perf_counter() - start,
-        "environment": {
-            "gpu": torch.cuda.get_device_name() if run.gpu else "none", "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(), "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
+        "environment": environment(options.commit),
     }  # fmt: skip
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tools")]
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 from exact_parts import SMALL, Parts, Sizes, Way  # noqa: E402
+from records import environment  # noqa: E402
 from watch import Watch  # noqa: E402
 
 from cosmos_fast import dispatch  # noqa: E402
@@ -167,11 +166,7 @@ def main() -> int:
     run = Run(device, started + options.deadline_s, 0.0 if options.smoke else TURN_S)
     body: dict[str, Any] = {
         "kind": "exact_ways", "sizes": asdict(s), "rows": run.rows, "clocks": {},
-        "environment": {
-            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None, "torch": torch.__version__,
-            "cuda": torch.version.cuda, "triton": triton.__version__, "python": platform.python_version(),
-            "commit": options.commit, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
+        "environment": environment(options.commit),
         "ops": [{"op": op, "chosen": name} for op, name, _ in dispatch.explain(device, dtype)],
     }  # fmt: skip
     options.json.parent.mkdir(parents=True, exist_ok=True)
