@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ATTENTION_ROWS, E4M3, E4M3_MAX
+from .reference import ATTENTION_ROWS, E4M3, E4M3_MAX, packed
 
 Attend8 = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+AttendOwn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+
+OWN_WIDTH = 128
+"""Features of a head that csrc/attention8.cu is built for."""
 
 WEIGHT_SCALE = 256.0
 """Weights are at most 1; as codes they are multiplied by this, so that small ones keep their digits."""
@@ -56,6 +60,28 @@ def load_fa3() -> Attend8:
         return (result[0] if isinstance(result, tuple) else result)[0].to(out)
 
     return proven("fa3", fa3)
+
+
+# --- ours ------------------------------------------------------------------------------------------
+
+
+def own(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
+    """csrc/attention8.cu, which takes packed v and applies its steps and mean itself. Writes bf16."""
+    rows = packed(v) if v.shape == k.shape else v
+    return torch.ops.cosmos_fast.attention8_cuda(q, k, rows, score_step, v_step, v_mean)[0].to(out)
+
+
+@cache
+def load_own() -> AttendOwn:
+    """Our kernel for heads of 128, after it computed the example with steps and a mean of v that matter."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+        v_step = torch.linspace(0.5, 2.0, q.shape[1] * q.shape[2], device=q.device).view(q.shape[1:])
+        v_mean = 4.0 - v_step
+        return (own(q, k, v, score_step, v_step, v_mean, out).float() - v_mean) / v_step
+
+    proven("own", plain)
+    return own
 
 
 # --- cuDNN -----------------------------------------------------------------------------------------

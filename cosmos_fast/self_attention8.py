@@ -30,7 +30,8 @@ class Fp8:
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
     ) -> Tensor:
-        codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate)
+        pack = ops_attention8.wants_packed(qkv.device)
+        codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate, pack=pack)
         return ops_attention8.attention_fp8(codes, qkv.dtype).flatten(1)
 
 

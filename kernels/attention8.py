@@ -44,19 +44,10 @@ LIFT = tl.constexpr(8.0)
 
 
 @triton.jit
-def _codes(p, ROUND: tl.constexpr):
-    """e4m3. ROUND: to its three bits behind the point first, for the interpreter, whose cast forgets a carry."""
-    if ROUND:
-        wide = p * 1048577.0  # 2^20 + 1: what is left of 24 bits are four
-        p = wide - (wide - p)
-    return p.to(tl.float8e4nv)
-
-
-@triton.jit
 def _attention8_kernel(
     q, k, v, score_step, v_step, v_mean, key_tiles, key_counts, out, lse, L, S, padded, query_tiles, capacity,
     N: tl.constexpr, K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, ROUND: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = TILE_K // KEYS
     head, first = tl.program_id(1), tl.program_id(0) * QUERIES
@@ -98,7 +89,7 @@ def _attention8_kernel(
             )
         else:
             part = tl.load(v + there[:, None] + cols[None, :], (key[:, None] < S) & (cols[None, :] < K), 0.0)
-        values = values * shrink[:, None] + tl.dot(_codes(weight, ROUND), part)
+        values = values * shrink[:, None] + tl.dot(weight.to(tl.float8e4nv), part)
     seen = total > 0
     share = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
     table = head * K + cols
@@ -126,7 +117,7 @@ def attention_fp8_tiles(
             q, k, v, score_step, v_step, v_mean, key_tiles if listed else q, key_counts if listed else q, y, lse,
             L, S, triton.cdiv(S, 16) * 16, triton.cdiv(L, tile[0]), key_tiles.shape[2] if key_tiles is not None else 0,
             N=N, K=K, QUERIES=tiling.queries, KEYS=tiling.keys, WIDTH=max(triton.next_power_of_2(K), 32),
-            TILE_Q=tile[0], TILE_K=tile[1], PACKED=v.shape != k.shape, LISTED=listed, ROUND=not q.is_cuda,
+            TILE_Q=tile[0], TILE_K=tile[1], PACKED=v.shape != k.shape, LISTED=listed,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y, lse

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast import _native, reference, testing
+from cosmos_fast import _native, attention8, ops_attention8, reference, testing
+from cosmos_fast.dispatch import TABLE, use
 from cosmos_fast.reference import PACK
+from cosmos_fast.self_attention8 import Fp8
 
 testing.kernels_from_checkout()
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,6 +183,67 @@ def test_the_bound_of_the_sums_is_that_of_thirteen_bits(double: float) -> None:
     scores[:, -1] = -np.inf  # a key left out
     flat = np.abs(log(q @ k.T * step * 1e-3) - log(scores * 1e-3)).max()
     assert flat > 1.9e-3  # what the check of exact data, whose scores are small, sees
+
+
+# --- how the CUDA kernel is chosen ---
+
+
+def kernel_on_cpu(fault: str) -> Any:
+    """attention8_cuda as documented, but for one fault."""
+
+    def attention8_cuda(q: Tensor, k: Tensor, v: Tensor, step: Tensor, v_step: Tensor, v_mean: Tensor) -> Any:
+        assert v.shape == (*k.shape[1:], -(-k.shape[0] // 16) * 16)
+        rows = reference.unpacked(v, k.shape[0])
+        if fault == "order":
+            rows = v.permute(2, 0, 1)[: k.shape[0]].contiguous()
+        v_step = torch.ones_like(v_step) if fault == "step" else v_step
+        v_mean = v_mean * (fault != "mean")
+        if fault == "tail":
+            k, rows = k[: k.shape[0] // 96 * 96], rows[: k.shape[0] // 96 * 96]
+        return reference.attention_fp8(q, k, rows, step, v_step, v_mean, torch.bfloat16), None
+
+    return attention8_cuda
+
+
+@pytest.mark.parametrize("fault", ["", "order", "step", "mean", "tail"])
+def test_a_kernel_that_computes_something_else_is_not_chosen(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven = attention8.proven
+    monkeypatch.setattr(attention8, "proven", lambda name, attend: proven(name, attend, "cpu"))
+    monkeypatch.setattr(torch.ops.cosmos_fast, "attention8_cuda", kernel_on_cpu(fault), raising=False)
+    attention8.load_own.cache_clear()
+    try:
+        if fault:
+            with pytest.raises(RuntimeError, match="own: relative error of a small example"):
+                attention8.load_own()
+        else:
+            given = operands(9, 37, 2, 128)
+            plain = operands(9, 37, 2, 128, packed=False)
+            got = [attention8.load_own()(*each, torch.float32) for each in (given, plain)]
+            assert torch.equal(*got)
+            agree((got[0], exact(given)[1]), exact(given), given[5])
+    finally:
+        attention8.load_own.cache_clear()
+
+
+def test_values_come_packed_where_the_chosen_kernel_reads_them_so() -> None:
+    on_cpu = torch.device("cpu")
+    assert not ops_attention8.wants_packed(on_cpu)
+    order = [candidate.name for candidate in TABLE["attention_fp8"].candidates]
+    assert order == ["own", "fa3", "cudnn", "triton", "emulated", "reference"]
+    qkv, gain, still = torch.randn(21, 3 * 64), torch.ones(64), (torch.ones(21, 32), torch.zeros(21, 32))
+    seen: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        seen.append(v)
+        return q.float()
+
+    for name in ("own", "triton"):
+        with use():
+            TABLE["attention_fp8"].chosen[on_cpu.type, torch.float8_e4m3fn] = name, attend
+            Fp8()(qkv, gain, gain, *still, 0)
+    assert [tuple(v.shape) for v in seen] == [(1, 64, 32)] * 2
 
 
 # --- the CUDA kernel ---
