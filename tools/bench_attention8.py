@@ -29,6 +29,9 @@ import torch
 from attention8_cases import DEVICE, WIDTH, Case, long_cases, lse_allowed, relative, tile_lists
 from attention8_rungs import ROOT, RUNGS, Args, Rung, build, caller, library
 
+sys.path.insert(0, str(ROOT / "bench"))
+from records import environment  # noqa: E402
+
 # --- one rung ------------------------------------------------------------------------------------------
 
 
@@ -103,7 +106,7 @@ class Watch:
     def __enter__(self) -> Watch:
         query = [
             "nvidia-smi",
-            "--query-gpu=clocks.sm,power.draw",
+            "--query-gpu=clocks.sm,power.draw.instant",  # power.draw is a mean over a second
             "--format=csv,noheader,nounits",
             "-lms",
             "100",
@@ -226,6 +229,7 @@ def peers(case: Case, seconds: float) -> Iterator[dict[str, Any]]:
 def child(names: list[str], options: argparse.Namespace) -> None:
     """Runs rungs in order; says which before it starts, so that the parent knows whom a silence belongs to."""
     say = lambda record: print("@" + json.dumps(record), flush=True)  # noqa: E731
+    say({"environment": environment(options.commit)})
     chosen = [rung for rung in RUNGS if rung.name in names]
     calls = {}
     for rung in chosen:
@@ -259,6 +263,7 @@ def watch_child(
 ) -> str | None:
     """Reads one child's records; what it was at when it fell silent or died, or None when it finished."""
     command = [sys.executable, __file__, "--child", ",".join(names), "--length", str(options.length)]
+    command += ["--commit", options.commit] if options.commit else []
     command += ["--folder", str(options.folder), "--sustain", str(options.sustain)]
     command += ["--wrong-too"] if options.wrong_too else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -289,7 +294,8 @@ def watch_child(
             at = record["start"]
             continue
         records.append(record)
-        print(describe(record), flush=True)
+        if "environment" not in record:
+            print(describe(record), flush=True)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -325,6 +331,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="compilers at once")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/attention8")
     parser.add_argument("--out", type=Path, help="JSON record")
+    parser.add_argument("--commit", help="of a copy without git, for the record")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -357,11 +364,15 @@ def main() -> None:
     for record in sorted(rates, key=lambda r: -r["tflops"]):
         print(describe(record))
     if options.out:
+        told = [record.pop("environment") for record in records if "environment" in record]
         document = {
+            "kind": "attention8",
+            "environment": told[0] if told else None,
+            "seconds_each": options.sustain,
             "rungs": [asdict(r) for r in chosen],
             "length": options.length,
             "hung": hung,
-            "records": records,
+            "records": [record for record in records if record],
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=1) + "\n")
