@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(Plan<C>::kThreads, 1)
     registers_lower<P::kProducerRegisters>();
     if (threadIdx.x % 128 == 0 && tiles.count > 0)
       produce<C>(&q_map, &k_map, &v_map, shared, tiles, head, query_tile);
-    if constexpr (C::cluster > 1) __syncwarp(), cluster_sync();
+    if constexpr (C::cluster > 1) cluster_sync();
   } else {
     registers_raise<P::kConsumerRegisters>();
     Consumer<C>(p, shared, tiles, warpgroup, head, query_tile).run(query_tile);

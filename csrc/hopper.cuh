@@ -121,6 +121,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 // Every thread of every block of the cluster; what each wrote before, all see after.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();  // the instruction takes whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
