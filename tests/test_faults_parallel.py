@@ -129,7 +129,7 @@ def test_lost_ranks_are_started_anew_and_only_those(ordeal: Ordeal) -> None:
 
 
 def test_a_stop_request_reaches_every_rank(ordeal: Ordeal) -> None:
-    assert ordeal.run.code == 143 and ordeal.stop_s < 15
+    assert ordeal.run.code == 143 and ordeal.stop_s < SOON_S
     assert sum("stopped on request" in line for line in ordeal.lines) == 1
     assert SLOW not in ordeal.manifest()
 
@@ -153,14 +153,14 @@ def test_ranks_do_not_outlive_their_parent(models: Path, tmp_path: Path) -> None
     parent = subprocess.Popen(
         [sys.executable, "-m", "cosmos_fast.cli", *arguments], env=ENV, stderr=subprocess.DEVNULL
     )
-    claim, until = tmp_path / "out" / f".{SLOW}.claim", time.monotonic() + 60
+    claim, until = tmp_path / "out" / f".{SLOW}.claim", time.monotonic() + 150
     while not (claim.exists() and claim.stat().st_size) and time.monotonic() < until:
         time.sleep(0.05)
     leader = Path(f"/proc/{json.loads(claim.read_text())['pid']}")
     assert leader.exists()
     parent.kill()
     parent.wait()
-    until = time.monotonic() + 5
+    until = time.monotonic() + SOON_S
     while leader.exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert not leader.exists()
