@@ -81,11 +81,6 @@ struct Consumer {
     if (C::schedule != Schedule::kDeep || i < tiles.count)
       barrier_wait(shared.keys_full(stage), i / C::stages & 1);
     const uint64_t b = operand<128>(shared.keys(stage));
-    if constexpr (C::probe == Probe::kNoScores) {
-#pragma unroll
-      for (int e = 0; e < P::kScores; ++e) asm volatile("" : "=f"(scores[e]));
-      return;
-    }
     product_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -103,11 +98,6 @@ struct Consumer {
     const int stage = i % C::stages;
     barrier_wait(shared.values_full(stage), i / C::stages & 1);
     const uint64_t b = operand<P::kValueRowBytes>(shared.values(stage));
-    if constexpr (C::probe == Probe::kNoValues) {
-#pragma unroll
-      for (int i = 0; i < P::kScores / 4; ++i) asm volatile("" ::"r"(probabilities[i]));
-      return;
-    }
     product_fence();
 #pragma unroll
     for (int k = 0; k < C::keys / 32; ++k) {
