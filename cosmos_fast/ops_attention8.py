@@ -3,7 +3,7 @@
 q and k come with one step each, known before their values are: normed heads have a length that their gains bound, and
 e4m3, being floating point, loses no digit by a step that is too large. v has a step for each channel. Means over the
 tokens leave k and v first, which no result sees (a softmax ignores what all keys share; its weights sum to 1) but the
-error of rounding does. Rows of `dispatch.TABLE` as in `ops`.
+error of rounding does; v's to the spacing of bf16 only, see `reference.centred`. Rows of `dispatch.TABLE` as in `ops`.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ Moments = tuple[Tensor, Tensor, Tensor, Tensor]
 def qkv_moments(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor) -> Moments:
     """What the codes of a packed projection share: k_mean, v_mean, v_step (N, K), steps (3,) of q, k and a score, fp32.
 
-    Shapes as in `qk_norm_rope`. Means are over the tokens given; k's is that of normed, rotated keys.
+    Shapes as in `qk_norm_rope`. Means are over the tokens given; k's is that of normed, rotated keys, v's is `centred`.
     """
     return _qkv_moments(qkv, q_gain, k_gain, cos, sin, EPS)
 
@@ -148,9 +148,11 @@ def pooled(moments: Moments, tokens: int, gather: Callable[[Tensor], list[Tensor
         gather(torch.stack((counts, k_mean, v_mean, v_step)))
     ).unbind(1)
     share = count / count.sum(0)
+    peaks = v_steps * reference.E4M3_MAX
     k_mean, v_mean = (k_means * share).sum(0), (v_means * share).sum(0)
+    v_mean = reference.centred(v_mean, (peaks + v_means.abs()).amax(0))
     # |v - mean| <= |v - its rank's mean| + |that mean - mean|
-    peak = (v_steps * reference.E4M3_MAX + (v_means - v_mean).abs()).amax(0)
+    peak = (peaks + (v_means - v_mean).abs()).amax(0)
     return k_mean, v_mean, reference.power_of_two(peak / reference.E4M3_MAX), steps
 
 

@@ -60,6 +60,35 @@ def test_removing_means_pays_where_keys_or_values_are_shifted() -> None:
     assert error(given, moments=moments) < 0.5 * kept
 
 
+def test_codes_of_v_are_off_by_nothing_together() -> None:
+    """What all codes of a channel are off by is all that attention over many tokens shows of their rounding."""
+    tokens = 20000
+    angle = torch.zeros(tokens, K // 2)
+    for shift in (0.003, 0.3, 3.0):
+        qkv = (torch.randn(tokens, 3 * K) + shift * torch.randn(3 * K)).bfloat16()
+        given = qkv, torch.ones(K).bfloat16(), torch.ones(K).bfloat16(), angle.cos(), angle.sin()
+        moments = ops_attention8.qkv_moments(*given)
+        halves = [
+            ops_attention8.qkv_moments(x, *given[1:3], *(t[: len(x)] for t in given[3:]))
+            for x in qkv.split(12000)
+        ]
+        counts = iter((12000, 8000))
+
+        def gather(mine: Tensor) -> list[Tensor]:
+            return [torch.stack((torch.full_like(h[0], next(counts)), *h[:3])) for h in halves]  # noqa: B023
+
+        for found in (moments, ops_attention8.pooled(halves[0], 12000, gather)):
+            codes = ops_attention8.qkv_codes(*given, moments=found)
+            v = qkv[:, 2 * K :].double().view(tokens, 1, K)
+            off = (codes.v.double() * codes.v_step + codes.v_mean - v).mean(0)
+            chance = 0.03 / tokens**0.5  # codes are off by 0.026 each
+            assert off.square().mean().sqrt() < 2 * chance, (
+                shift,
+                float(off.square().mean().sqrt() / chance),
+            )
+            assert ((v.mean(0) - codes.v_mean).abs() <= v.abs().amax(0) / 32).all()
+
+
 def test_rotation_pays_where_channels_of_q_and_k_stick_out_together() -> None:
     given = layer(outliers=12.0)
     assert error(given, rotate=True) < 0.5 * error(given, rotate=False)
@@ -294,6 +323,7 @@ class FakeGraph:
         asked = {x.name for x in self.outputs if x.is_output and x.name != "o"}
         if (o.kind, self.extra, asked) != self.cudnn.accepted:
             raise ValueError(f"not {o.kind} {self.extra} {sorted(asked)}")
+        assert self.given["q"].dim[2] > 1, "No valid engine configs"
         assert o.dim == self.given["q"].dim and o.stride == self.given["q"].stride and o.is_output
 
     def build_operation_graph(self) -> None: ...
@@ -336,6 +366,9 @@ def test_cudnn_finds_the_graph_that_its_release_knows(on_cpu: Any, accepted: Any
     assert fake.built == 1
     attend(operands[0][:5].contiguous(), *operands[1:], torch.float32)
     assert fake.built == 2
+    # It has no engine for a single query (`FakeGraph.validate`), which is then computed twice.
+    one = attend(operands[0][:1].contiguous(), *operands[1:], torch.float32)
+    assert torch.equal(one, attention8.emulated(operands[0][:1], *operands[1:], kind).float())
 
 
 def test_cudnn_without_such_attention_says_what_it_was_told(on_cpu: Any) -> None:
