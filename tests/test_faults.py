@@ -13,7 +13,7 @@ import media
 import numpy as np
 import pytest
 import torch
-from system import Run, clip_of, generate, leftovers, open_engine, request, write_spec
+from system import Run, clip_of, generate, leftovers, write_spec
 from torch import Tensor
 
 from cosmos_fast import outputs, planning, video_write
@@ -377,10 +377,8 @@ def test_exception_in_one_clip_leaves_the_others_as_they_are(
     assert "b: failed: " in run.err and ("GPU memory" in run.err or type(error).__name__ in run.err)
     assert [status for _, status in manifest(out)] == ["done", "failed", "done"]
     # What was made after the failure is what an engine that never failed makes.
-    fresh = open_engine(models).generate(request(clip, "c", **IMAGE, keep_input_resolution=False)).frames
     monkeypatch.undo()
-    plain = generate(models, tmp_path / "plain", specs[2])
-    assert plain.code == 0 and fresh.shape == (1, 256, 256, 3)
+    assert generate(models, tmp_path / "plain", specs[2]).code == 0
     assert (tmp_path / "plain" / "c.jpg").read_bytes() == (out / "c.jpg").read_bytes()
 
 
