@@ -7,8 +7,8 @@ is known before the product (`ops_linear8`), so no tile waits for another.
 
 At L 84480, D 2048, M 8192: 2.83 TFLOP, 2.1 ms at the 1,350 TFLOP/s of torch's scaled product; 0.88 GB. In two kernels
 the hidden layer is written in bf16 and read again, 2.8 GB more. A tile of 128 x 256 multiplies for 16,400 clocks and
-needs 3,600 more for GELU and rounding where nothing overlaps them: smaller tiles, two to a multiprocessor, let one
-multiply while the other rounds.
+needs 3,600 more for GELU and rounding where nothing overlaps them. Smaller tiles, two to a multiprocessor, could let one
+multiply while the other rounds, but measured 2.808 ms against TILES' 2.724 (1041 TFLOP/s) on one H100.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cosmos_fast.kernels.quantise import short_gelu
 from cosmos_fast.kernels.tiles import Tiles, halves, place, product, programs, read, write
 from torch import Tensor
 
-TILES = Tiles(128, 256, 128, 8, 4)
+TILES = Tiles(128, 256, 128, 8, 4, group=16, parts=4)
 
 
 @triton.jit
