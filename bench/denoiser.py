@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -14,6 +16,7 @@ import roofline
 import torch
 from peers import Diffusers, faster_attention
 from published import gib
+from records import attempted, skipped
 from torch import Tensor
 from watch import Watch
 
@@ -100,6 +103,22 @@ class Bench:
         call()
         torch.cuda.synchronize()
         return {"resident_gib": gib(before), "peak_gib": gib(torch.cuda.max_memory_allocated())}
+
+    def is_late(self) -> bool:
+        return time.perf_counter() - self.started > self.args.deadline_s
+
+    def section(self, name: str, run: Callable[[], Any], path: Path) -> None:
+        """Run one section, unless the deadline has passed, and write the record with all there is so far."""
+        entry = skipped(self.args.deadline_s) if self.is_late() else attempted(run)
+        self.record["sections"][name] = entry
+        path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+        print(f"[{time.perf_counter() - self.started:6.1f} s] {name}: {entry['status']}", flush=True)
+        self.clear()
+
+    def measure_peaks(self) -> None:
+        if self.device.type == "cuda":
+            self.peaks = roofline.measure_peaks(self.device)
+            self.record["peaks"] = self.peaks.as_dict()
 
     def clear(self) -> None:
         gc.collect()

@@ -6,6 +6,9 @@ import platform
 import re
 import shutil
 import subprocess
+import time
+import traceback
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,3 +60,20 @@ def destination(out: Path, environment: dict[str, Any], stem: str) -> Path:
         out = out / gpu / f"{environment['date'][:10]}-{commit}-{stem}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def attempted(run: Callable[[], Any]) -> dict[str, Any]:
+    """Run a part of a bench: its status, seconds, and the error where it failed, which must not lose the other parts."""
+    start, entry = time.perf_counter(), {"status": "ok", "seconds": 0.0}
+    try:
+        with torch.no_grad():
+            run()
+    except Exception as error:
+        entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+        traceback.print_exc()
+    return entry | {"seconds": time.perf_counter() - start}
+
+
+def skipped(deadline_s: float) -> dict[str, Any]:
+    """The status of a part that was not begun."""
+    return {"status": "skipped", "error": f"past the deadline of {deadline_s:.0f} s", "seconds": 0.0}

@@ -127,9 +127,6 @@ class VAEBench(Bench):
         )
         self.record["input"] = "random weights; noise with the spectrum of a picture, panning"
 
-    def is_late(self) -> bool:
-        return time.perf_counter() - self.started > self.args.deadline_s
-
     def clip(self, size: tuple[int, int, int] | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return natural(*(size or self.size), self.device).to(dtype)
 

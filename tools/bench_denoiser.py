@@ -19,8 +19,8 @@ import json
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from trace import trace  # noqa: E402
 
 import first_call  # noqa: E402
 import published  # noqa: E402
-import roofline  # noqa: E402
 from composed import composed  # noqa: E402
 from denoiser import GRIDS, STEP, Bench, Call  # noqa: E402
 from denoiser_summary import goals, summary  # noqa: E402
@@ -301,24 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         "trace": traces, "waterfall": waterfall, "accuracy": accuracy, "block": block, "first": first, "job": job,
     }  # fmt: skip
 
-    def section(name: str, run: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        entry: dict[str, Any] = {"status": "ok", "seconds": 0.0}
-        b.record["sections"][name] = entry
-        if start - b.started > args.deadline_s:
-            entry |= {"status": "skipped", "error": f"past the deadline of {args.deadline_s:.0f} s"}
-        else:
-            try:
-                with torch.no_grad():
-                    run()
-            except Exception as error:  # one section must not lose the others
-                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-                traceback.print_exc()
-        entry["seconds"] = time.perf_counter() - start
-        path.write_text(json.dumps(b.record, indent=1) + "\n", encoding="utf-8")
-        print(f"[{time.perf_counter() - b.started:6.1f} s] {name}: {entry['status']}", flush=True)
-        b.clear()
-
+    section = partial(b.section, path=path)
     section("build", b.build)
     chosen = {row["op"]: row["chosen"] for row in b.record.get("ops", [])}
     print(chosen, flush=True)
@@ -331,12 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 3
 
-    def measure_peaks() -> None:
-        if b.device.type == "cuda":
-            b.peaks = roofline.measure_peaks(b.device)
-            b.record["peaks"] = b.peaks.as_dict()
-
-    section("peaks", measure_peaks)
+    section("peaks", b.measure_peaks)
     for name in wanted:
         section(
             name, (lambda name=name: case(b, name)) if name in GRIDS else (lambda name=name: steps[name](b))

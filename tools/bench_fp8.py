@@ -14,11 +14,7 @@ its reason. No part is started after the deadline; the file is rewritten after e
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -144,23 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         "call": {"call": lambda: whole_call(b)},
     }  # fmt: skip
     for name, run in ((name, run) for section in wanted for name, run in parts[section].items()):
-        start = time.perf_counter()
-        entry: dict[str, Any] = {"status": "ok"}
-        b.record["sections"][name] = entry
-        if start - b.started > args.deadline_s:
-            entry |= {"status": "skipped", "error": f"past the deadline of {args.deadline_s:.0f} s"}
-        else:
-            try:
-                with torch.no_grad():
-                    run()
-            except Exception as error:  # one part must not lose the others
-                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-                traceback.print_exc()
-        entry["seconds"] = time.perf_counter() - start
-        path.write_text(json.dumps(b.record, indent=1) + "\n", encoding="utf-8")
-        print(f"[{time.perf_counter() - b.started:6.1f} s] {name}: {entry['status']}", flush=True)
-        gc.collect()
-        b.clear()
+        b.section(name, run, path)
     b.watch.close()
     print(f"written: {path}")
     return int(any(s["status"] == "failed" for s in b.record["sections"].values()))

@@ -58,7 +58,7 @@ class Run:
         self.L = self.cos.shape[0]
         self.flop = 4 * self.L**2 * self.N * self.K
         self.record: dict[str, Any] = {
-            "kind": "attention8", "environment": environment(args.commit) | {"libraries": libraries()}, "shape": [self.L, self.N, self.K],
+            "kind": "fp8_attention", "environment": environment(args.commit) | {"libraries": libraries()}, "shape": [self.L, self.N, self.K],
             "errors": {}, "attention": {}, "producers": {}, "checks": {}, "failures": {},
         }  # fmt: skip
 

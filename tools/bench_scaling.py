@@ -18,7 +18,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from trace import trace  # noqa: E402
 
 import published  # noqa: E402
 from published import relative_l2  # noqa: E402
-from records import destination, environment  # noqa: E402
+from records import attempted, destination, environment, skipped  # noqa: E402
 from report_scaling import gains  # noqa: E402
 from scaling_ranks import Traffic, parent, reader  # noqa: E402
 from scaling_trace import overlap, profiled  # noqa: E402
@@ -266,18 +265,9 @@ class Bench:
             torch.cuda.empty_cache()
 
     def section(self, name: str, run: Callable[[], None]) -> None:
-        start, entry = time.perf_counter(), {"status": "ok", "seconds": 0.0}
-        self.record["sections"][name] = entry
-        if self.world.tell(start - self.started > self.args.deadline_s - 30):
-            entry["status"] = "skipped"
-        else:
-            try:
-                with torch.no_grad():
-                    run()
-            except Exception as error:  # one section must not lose the others
-                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-                traceback.print_exc()
-        entry["seconds"] = time.perf_counter() - start
+        deadline = self.args.deadline_s - 30
+        late = self.world.tell(time.perf_counter() - self.started > deadline)
+        self.record["sections"][name] = entry = skipped(deadline) if late else attempted(run)
         self.clear()
         if self.ranks.rank == 0:
             self.args.out.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")

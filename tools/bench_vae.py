@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
 
-import roofline  # noqa: E402
 from published import relative_l2  # noqa: E402
 from records import destination, environment  # noqa: E402
 from vae import PARTS, Diffusers, VAEBench, build, stages, timed_stages  # noqa: E402
@@ -289,36 +288,14 @@ def main(argv: list[str] | None = None) -> int:
     b = VAEBench(args, environment(args.commit))
     path = destination(args.out, b.record["environment"], "vae")
 
-    def measure_peaks() -> None:
-        if b.device.type == "cuda":
-            b.peaks = roofline.measure_peaks(b.device)
-            b.record["peaks"] = b.peaks.as_dict()
-
     steps: dict[str, Callable[[VAEBench], None]] = {
         "main": main_case, "stages": by_stage, "windows": windows, "accuracy": accuracy, "strips": in_strips,
         "clip": clip, "encoder": encoder,
     }  # fmt: skip
 
-    def section(name: str, run: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        entry: dict[str, Any] = {"status": "ok", "seconds": 0.0}
-        b.record["sections"][name] = entry
-        if b.is_late():
-            entry |= {"status": "skipped", "error": f"past the deadline of {args.deadline_s:.0f} s"}
-        else:
-            try:
-                with torch.no_grad():
-                    run()
-            except Exception as error:  # one section must not lose the others
-                entry |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-                traceback.print_exc()
-        entry["seconds"] = time.perf_counter() - start
-        path.write_text(json.dumps(b.record, indent=1) + "\n", encoding="utf-8")
-        print(f"[{time.perf_counter() - b.started:6.1f} s] {name}: {entry['status']}", flush=True)
-        b.clear()
-
+    section = partial(b.section, path=path)
     section("build", b.build)
-    section("peaks", measure_peaks)
+    section("peaks", b.measure_peaks)
     for name in wanted:
         section(name, lambda name=name: steps[name](b))
     b.watch.close()
