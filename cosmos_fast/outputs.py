@@ -300,9 +300,6 @@ class ClipOutputs:
         )
         return None
 
-    def is_done(self, spec_hash: str, **expected: Any) -> bool:
-        return self.redo_reason(spec_hash, **expected) is None
-
     def finish(
         self, sidecar: Mapping[str, Any], *, files: Sequence[Path] = (), claim: Held | None = None
     ) -> dict[str, Any]:

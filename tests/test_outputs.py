@@ -287,15 +287,15 @@ def test_crash_at_each_stage_leaves_old_or_new(
     assert not [n for n in names(folder) if n.endswith(".part")]
     if stage == "manifest":  # the record is whole, so the clip is done; the line is made up for on resume
         assert len(folder.manifest()) == 1
-        assert clip.is_done("new") and not clip.is_done("old")
+        assert clip.redo_reason("new") is None and clip.redo_reason("old") is not None
         assert [m["spec_hash"] for m in folder.manifest()] == ["old", "new"]
-        assert clip.is_done("new") and len(folder.manifest()) == 2
+        assert clip.redo_reason("new") is None and len(folder.manifest()) == 2
     else:
         assert clip.sidecar.read_bytes() == old
         assert clip.redo_reason("old") == "clip.mp4 is not the file that was written"
         assert clip.redo_reason("new") == "spec changed since it was made"
         clip.finish(sidecar(spec_hash="new"))
-        assert clip.is_done("new")
+        assert clip.redo_reason("new") is None
 
 
 def test_kill_between_part_and_rename_leaves_the_old_record(folder: OutputFolder) -> None:
@@ -308,7 +308,7 @@ def test_kill_between_part_and_rename_leaves_the_old_record(folder: OutputFolder
         f"outputs._write(outputs.Path({str(clip.sidecar)!r}), b'half')"
     )
     assert subprocess.run([sys.executable, "-c", code], env=ENV).returncode == -signal.SIGKILL
-    assert clip.is_done("old") and "clip.json.part" in names(folder)
+    assert clip.redo_reason("old") is None and "clip.json.part" in names(folder)
     clip.remove_parts()
     assert "clip.json.part" not in names(folder)
 
@@ -322,7 +322,7 @@ def test_stale_outputs_of_an_earlier_record_go(folder: OutputFolder) -> None:
     clip.media(1).write_bytes(b"jpg")
     clip.finish(sidecar(frames=1))
     assert names(folder) == {"clip.jpg", "clip.txt", "clip.json", "manifest.jsonl", "clip_control_seg.mp4"}
-    assert clip.is_done("s1")
+    assert clip.redo_reason("s1") is None
 
 
 def test_fail_records_the_reason_and_removes_parts(folder: OutputFolder) -> None:
@@ -349,7 +349,7 @@ def test_resume_decides_by_hashes(folder: OutputFolder) -> None:
     media = write_media(clip)
     made = clip.finish(sidecar())
     good = {"recipe": Recipe.exact().to_dict(), "checkpoint": {"id": "tiny"}}
-    assert clip.is_done("s1", **good)
+    assert clip.redo_reason("s1", **good) is None
     assert clip.redo_reason("s2", **good) == "spec changed since it was made"
     assert clip.redo_reason("s1", version="9.9") == "version changed since it was made"
     assert clip.redo_reason("s1", recipe=Recipe.fp32().to_dict()) == "recipe changed since it was made"
