@@ -250,6 +250,20 @@ def test_what_is_learnt_comes_back_through_the_production_samplers(
     assert float((y - x0).std() / x0.std()) < 0.4
 
 
+def test_branches_that_are_not_named_keep_their_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in (base_stage, control_stage):
+        monkeypatch.setattr(stage, "measure", lambda *a: None)
+    latents = constant_latents()
+    base_stage.train(toy_run(tmp_path, 1), latents)
+    control_stage.train(toy_run(tmp_path, 2), latents)
+    before = torch.load(tmp_path / "keep/control.pt", weights_only=True)["weights"]
+    (tmp_path / "work/control.pt").unlink()
+    control_stage.train(toy_run(tmp_path, 5, controls=("vis", "seg")), latents)
+    after = torch.load(tmp_path / "keep/control.pt", weights_only=True)["weights"]
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vis", "seg"}
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_stage, "measure", lambda *a: None)
     latents = constant_latents()

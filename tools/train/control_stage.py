@@ -62,10 +62,15 @@ def load_branches(run: Run, network: Network) -> nn.ModuleDict:
 
 
 def dealt(
-    branches: nn.ModuleDict, latents: Latents, index: Tensor, together: int, generator: torch.Generator
+    branches: nn.ModuleDict,
+    names: Sequence[str],
+    latents: Latents,
+    index: Tensor,
+    together: int,
+    generator: torch.Generator,
 ) -> list[Hint]:
-    """Hints of a batch: each quarter, half or all of the samples gets `together` of the four controls."""
-    names, parts = list(CONTROLS), len(CONTROLS) // together
+    """Hints of a batch: it falls into as many parts as give each control once, and each gets `together` of them."""
+    parts = len(names) // together
     if len(index) % parts:
         raise SystemExit(f"control: the batch must be a multiple of {parts}, got {len(index)}.")
     order = torch.randperm(
@@ -97,10 +102,10 @@ def train(run: Run, latents: Latents) -> None:
     def loss_of(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         draws = np.random.default_rng((run.seed, step, 1)).random(3)
         together = int(np.searchsorted(np.cumsum([share for _, share in TOGETHER]), draws[0]))
-        together = TOGETHER[min(together, len(TOGETHER) - 1)][0]
+        together = min(TOGETHER[min(together, len(TOGETHER) - 1)][0], len(run.controls))
         index = pick(latents, batch // together, generator)
         x0 = latents.signal("rgb", index)
-        hints = dealt(branches, latents, index, together, generator)
+        hints = dealt(branches, run.controls, latents, index, together, generator)
         if draws[1] < IMAGE_SHARE:
             x0 = x0[:, :, :1]
             hints = [Hint(h.branch, h.rows, h.latent[:, :, :1], h.weight) for h in hints]

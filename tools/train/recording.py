@@ -21,6 +21,8 @@ from optimise import Optimiser
 from sizes import Sizes
 from torch import Tensor, nn
 
+from cosmos_fast.formats import CONTROLS
+
 LOG_EVERY = 20
 # Shape of the running average: 7 weights the last eighth of the steps so far, at any length of run.
 AVERAGE_POWER = 7.0
@@ -30,7 +32,8 @@ AVERAGE_POWER = 7.0
 class Run:
     """One call of the driver. `minutes` ends a stage by the clock; `steps`, if given, by count.
 
-    `stop` ends it earlier without touching the learning-rate schedule, as a kill would.
+    `stop` ends it earlier without touching the learning-rate schedule, as a kill would. `controls` are those whose
+    branches stage `control` trains; the others stay bit for bit.
     """
 
     out: Path
@@ -40,6 +43,7 @@ class Run:
     steps: int | None = None
     stop: int | None = None
     batch: int | None = None
+    controls: tuple[str, ...] = CONTROLS
     seed: int = 0
     device: str = "cuda"
     is_compiled: bool = True

@@ -29,6 +29,8 @@ import vae_stage  # noqa: E402
 from recording import Run, record  # noqa: E402
 from sizes import Sizes  # noqa: E402
 
+from cosmos_fast.formats import CONTROLS  # noqa: E402
+
 STAGES = ("vae", "latents", "base", "control", "distill", "export")
 
 
@@ -83,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", choices=("tiny", "toy"), default="tiny")
     parser.add_argument("--batch", type=int, help="samples per step (default: per stage)")
+    parser.add_argument(
+        "--controls", default=",".join(CONTROLS), help="branches that stage control trains: one, two or all"
+    )
     parser.add_argument("--limit", type=int, help="use the first clips only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -98,9 +103,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"--minutes: must name each stage or --steps be given, got none for {', '.join(timeless)}"
         )
+    controls = tuple(name for name in CONTROLS if name in args.controls.split(","))
+    if len(controls) not in (1, 2, 4) or len(controls) != len(args.controls.split(",")):
+        parser.error(f"--controls: must be one, two or all of {', '.join(CONTROLS)}, got {args.controls}")
     run = Run(
         args.out, args.data, Sizes.named(args.sizes), steps=args.steps, stop=args.stop, batch=args.batch,
-        seed=args.seed, device=args.device, is_compiled=not args.eager and args.device.startswith("cuda"),
+        controls=controls, seed=args.seed, device=args.device,
+        is_compiled=not args.eager and args.device.startswith("cuda"),
     )  # fmt: skip
     run_stages(run, stages, minutes, args.limit)
     return 0
