@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +136,17 @@ class VAEBench(Bench):
         generator = torch.Generator(device=self.device).manual_seed(3)
         shape = (1, self.config.latent_channels, 1 + (frames - 1) // 4, height // 8, width // 8)
         return torch.randn(shape, generator=generator, device=self.device).to(dtype)
+
+    def measured(self, call: Call) -> dict[str, float]:
+        """Seconds of one call; on a GPU also the GiB held before it, its input among them, and the most held during it."""
+        gc.collect()
+        if self.device.type != "cuda":
+            return {"seconds": self.timed(call)}
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = self.timed(call)
+        peak = torch.cuda.max_memory_allocated()
+        return {"seconds": seconds, "resident_gib": gib(before), "peak_gib": gib(peak)}
 
     def decode_all(self, z: Tensor, window: int) -> Call:
         """A decode as a clip makes it: every window is used and dropped."""

@@ -125,7 +125,8 @@ def _finish(
             )
 
 
-@triton.jit
+# Not compiled anew for a single frame, or for sides that 16 divides: nothing here is faster for knowing it.
+@triton.jit(do_not_specialize=["frames", "lines", "line", "pitch", "H", "W"])
 def _conv_kernel(
     x, w_low, w_high, bias, residual, out, frames, lines, line, pitch, H, W, O, residual_f, residual_h, residual_w,
     out_f, out_h, out_w, C: tl.constexpr, TIME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -30,7 +30,7 @@ def _silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "H", "W"])
 def _norm_silu_kernel(
     x, gamma, past, keep, out, F, H, W, x_frame, x_row, x_pixel, past_frame, out_frame, root, PAST: tl.constexpr,
     KEEP: tl.constexpr, C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,

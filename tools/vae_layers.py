@@ -128,6 +128,11 @@ def choices(layer: Layer) -> list[Tiles]:
     return few if layer.taps != (3, 3, 3) or layer.C != layer.O else few + more
 
 
+def tiles_of(layer: Layer) -> Tiles:
+    """The tile that the op takes for a conv in bf16."""
+    return conv.tiles_for(*layer.key, torch.bfloat16)
+
+
 def told(t: Tiles) -> str:
     size = f"{t.m}x{t.low}" + (f"+{t.high}" if t.high else "") + f"x{t.k}"
     extra = ("" if t.fold else " unfolded") + ("" if t.flatten else " by tile")
