@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
 import report_scaling  # noqa: E402
 import scaling  # noqa: E402
+import scaling_ranks  # noqa: E402
 import scaling_trace  # noqa: E402
 from scaling import Rates, clip_s, exchange_bytes, exchange_s, send_s, step  # noqa: E402
 
@@ -116,7 +118,8 @@ def test_overlap_counts_no_moment_twice() -> None:
         event("Memcpy", 3100, 3200, "gpu_memcpy"),
     ]  # fmt: skip
     assert scaling_trace.overlap(events) == {
-        "compute_ms": 2.1, "communication_ms": 1.5, "hidden_ms": 1.0, "exposed_ms": 0.5, "idle_ms": 0.6, "span_ms": 3.2,
+        "compute_ms": 2.1, "attention_ms": 1.0, "communication_ms": 1.5, "hidden_ms": 1.0, "under_attention_ms": 0.5,
+        "exposed_ms": 0.5, "idle_ms": 0.6, "span_ms": 3.2,
     }  # fmt: skip
     assert scaling_trace.overlap([]) == {}
 
@@ -134,6 +137,60 @@ def test_gains_and_their_table() -> None:
     assert rows[2][2] == "–" and rows[3][2] == "2.00" and rows[3][-1] == "1500"
 
 
+# --- ranks of a bench ---
+
+FAKE = """
+import json, os, sys, time
+from pathlib import Path
+def write(path, record):
+    path.with_suffix(".new").write_text(json.dumps(record))
+    path.with_suffix(".new").replace(path)
+out, left, rank = Path(sys.argv[1]), sys.argv[-1].split(","), int(os.environ["RANK"])
+assert os.environ["NCCL_NVLS_ENABLE"] == "0" and os.environ["WORLD_SIZE"] == "2"
+record = json.loads(out.read_text())
+for name in left:
+    if rank == 0:
+        record["sections"][name] = {"status": "begun"}
+        write(out, record)
+        record["found"].append(name)
+    time.sleep(0.3)
+    if name == "dies" and rank == 1:
+        out.with_name(f".{out.name}.fault{rank}").write_text("rank 1: RuntimeError: broken link")
+        os._exit(1)
+    if name == "hangs" or (name == "dies" and rank == 0):
+        time.sleep(60)
+    if rank == 0:
+        record["sections"][name] = {"status": "ok"}
+        write(out, record)
+"""
+
+
+def test_a_section_that_fails_or_hangs_costs_itself_alone(tmp_path: Path) -> None:
+    script, out = tmp_path / "fake.py", tmp_path / "r.json"
+    script.write_text(FAKE)
+    scaling_ranks.write(out, {"sections": {}, "found": []})
+    limits = {"first": 9.0, "dies": 9.0, "between": 9.0, "hangs": 1.0, "last": 9.0}
+    parent = scaling_ranks.Parent([str(script), str(out)], out, limits, time.monotonic() + 100)
+    assert parent.run() == 1
+    record = scaling_ranks.read(out)
+    status = {name: entry["status"] for name, entry in record["sections"].items()}
+    assert status == {"first": "ok", "dies": "failed", "between": "ok", "hangs": "failed", "last": "ok"}
+    assert record["found"] == ["first", "between", "last"]  # what was measured before a fault stays
+    assert (
+        "exit codes" in record["sections"]["dies"]["error"]
+        and "broken link" in record["sections"]["dies"]["error"]
+    )
+    assert "longer than 1 s" in record["sections"]["hangs"]["error"]
+    assert {path.name for path in tmp_path.iterdir()} == {"fake.py", "r.json"}
+
+
+def test_without_time_sections_are_skipped(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    scaling_ranks.write(out, {"sections": {"done": {"status": "ok"}}})
+    assert scaling_ranks.Parent(["none.py"], out, {"done": 1.0, "left": 1.0}, time.monotonic()).run() == 1
+    assert scaling_ranks.read(out)["sections"]["left"]["status"] == "skipped"
+
+
 def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
     out = tmp_path / "scaling.json"
     command = [
@@ -146,10 +203,18 @@ def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
         "1",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--only", "link,loops"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--only", "link,loops,trace,exchange"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())
     assert {row["status"] for row in record["sections"].values()} == {"ok"}
     assert record["equal"]["bitwise"]["cfg2"] and record["equal"]["relative_l2"]["context2"] < 0.05
     assert record["loops"]["cfg2"]["sent_bytes_per_step"] == 16 * 3 * 8 * 12 * 4  # one velocity in fp32
     assert record["loops"]["context2"]["sent_bytes_per_step"] > 0
+    assert (
+        record["exchange"]["in 2 parts"]["bitwise"]
+        and 0 < record["exchange"]["fp8, in 2 parts"]["relative_l2"] < 0.1
+    )
+    assert record["overlap"] == {"context2": {}, "cfg2": {}} and record["trace"]["ours"]["kernels"]
+    assert scaling.rates_of(record) is None  # a dry run says nothing of a GPU

@@ -1,19 +1,30 @@
-"""Two ranks for a measurement: started and ended, what they send, and the clocks of each one's GPU."""
+"""Two ranks for a measurement: started, watched and ended, what they send, and the clocks of each one's GPU.
+
+The ranks write their record after every piece; the process that started them holds each section to its time. What goes
+wrong in one section costs that section: its ranks are ended, since nobody can be called back from a collective, and new
+ones do the sections that are left.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cosmos_fast.parallel import Group
+
+START_S = 90.0
+"""Longest from the start of ranks to their first section: imports, joining."""
+POLL_S = 0.2
 
 
 class Traffic:
@@ -34,22 +45,24 @@ class Traffic:
 
         Group.all_to_all, Group.gather = counted_to_all, counted_gather  # type: ignore[method-assign, assignment]
 
-    def of(self, call: Callable[[], object]) -> int:
-        before = self.sent
-        call()
-        return self.sent - before
 
-
-def reader(index: int) -> Callable[[], tuple[float, float, float]] | None:
-    """Clock, power and temperature of one GPU by its number; None without nvidia-smi's library."""
+def reader(index: int) -> Callable[[], tuple[float, float, float]]:
+    """Clock, power and temperature of one GPU by its number, from NVIDIA's library or its command."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    except Exception as error:  # a missing package or driver: the run goes on without clocks, and says so
-        print(f"bench_scaling: no clocks: {type(error).__name__}: {error}", flush=True)
-        return None
+    except Exception:  # a missing package, or a library that finds no driver
+
+        def asked() -> tuple[float, float, float]:
+            query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
+            command = ["nvidia-smi", "-i", str(index), query, "--format=csv,noheader,nounits"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            clock, power, heat = (float(v) for v in done.stdout.splitlines()[0].split(","))
+            return clock, power, heat
+
+        return asked
     return lambda: (
         float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
         pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
@@ -57,34 +70,111 @@ def reader(index: int) -> Callable[[], tuple[float, float, float]] | None:
     )
 
 
-def parent(arguments: list[str], deadline_s: float) -> int:
-    """Start both ranks; end both when one fails or at the deadline."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *arguments], start_new_session=True,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    until = time.monotonic() + deadline_s
-    try:
-        while time.monotonic() < until and all(rank.poll() in (None, 0) for rank in ranks):
-            if all(rank.poll() == 0 for rank in ranks):
-                return 0
-            time.sleep(0.2)
-        print(
-            f"bench_scaling: ended at {'the deadline' if time.monotonic() >= until else 'a failed rank'}; the file has what was measured."
-        )
-        return 1
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                os.killpg(rank.pid, signal.SIGKILL)
+# --- the record, which both sides write in turn ------------------------------------------------------
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """All or nothing: whoever reads it meanwhile, or ends the writer, finds a whole record."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def fault_file(path: Path, rank: int) -> Path:
+    """Where a rank says what it died of."""
+    return path.with_name(f".{path.name}.fault{rank}")
+
+
+def begun(record: dict[str, Any]) -> str | None:
+    """The section under way."""
+    return next((name for name, entry in record["sections"].items() if entry["status"] == "begun"), None)
+
+
+# --- the parent --------------------------------------------------------------------------------------
+
+
+class Parent:
+    """Runs `command` as two ranks. limits_s: seconds of every section, in the order they run; until: the end of all."""
+
+    def __init__(self, command: Sequence[str], path: Path, limits_s: dict[str, float], until: float) -> None:
+        self.command, self.path, self.limits_s, self.until = command, path, limits_s, until
+
+    def run(self) -> int:
+        """0 if every section went well. Sections that never began are recorded as skipped."""
+        while (left := self._left()) and time.monotonic() < self.until - 10:
+            reason = self._some(left)
+            if reason is not None:
+                self._fail(reason, left)
+        record = read(self.path)
+        for name in self._left():
+            record["sections"][name] = {"status": "skipped", "error": "no time was left"}
+        write(self.path, record)
+        return int(any(entry["status"] != "ok" for entry in record["sections"].values()))
+
+    def _left(self) -> list[str]:
+        done = read(self.path)["sections"]
+        return [name for name in self.limits_s if name not in done]
+
+    def _fail(self, reason: str, left: list[str]) -> None:
+        record = read(self.path)
+        # Ranks that die before any section would do so again: what they died of is told of the first one.
+        name = begun(record) or left[0]
+        faults = [
+            file.read_text(encoding="utf-8")
+            for rank in range(2)
+            if (file := fault_file(self.path, rank)).exists()
+        ]
+        entry = record["sections"].get(name, {})
+        entry |= {"status": "failed", "error": "\n".join([reason, *faults])[:4000]}
+        record["sections"][name] = entry
+        write(self.path, record)
+        print(f"bench_scaling: {name}: {reason}", flush=True)
+        for rank in range(2):
+            fault_file(self.path, rank).unlink(missing_ok=True)
+
+    def _some(self, left: list[str]) -> str | None:
+        """Ranks for these sections, until both have ended; what went wrong, once they are gone."""
+        ranks = self._start(left)
+        at, since = None, time.monotonic()
+        try:
+            while True:
+                time.sleep(POLL_S)
+                codes = [rank.poll() for rank in ranks]
+                if all(code == 0 for code in codes):
+                    return None
+                if any(code not in (None, 0) for code in codes):
+                    time.sleep(1)  # for the other to say what it died of
+                    return f"ended with exit codes {[rank.poll() for rank in ranks]}"
+                now, name = time.monotonic(), begun(read(self.path))
+                if name != at:
+                    at, since = name, now
+                limit = START_S if at is None else self.limits_s[at]
+                if now - since > limit:
+                    return f"took longer than {limit:.0f} s"
+                if now > self.until:
+                    return "the deadline of the whole run"
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    os.killpg(rank.pid, signal.SIGKILL)
+                rank.wait()
+
+    def _start(self, left: list[str]) -> list[subprocess.Popen[bytes]]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        # Both ranks are on this host: its loopback carries what is not for the links between GPUs.
+        shared = {
+            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        command = [sys.executable, *self.command, "--only", ",".join(left)]
+        return [
+            subprocess.Popen(
+                command, start_new_session=True, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
+            for rank in range(2)
+        ]  # fmt: skip

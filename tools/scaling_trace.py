@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from trace import kind_of
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def shared(one: list[Span], other: list[Span]) -> float:
 def overlap(events: list[dict[str, Any]]) -> dict[str, float]:
     """Milliseconds of one call, from a Chrome trace: compute, communication, its hidden and exposed part, idle, span.
 
-    Communication counts while its kernels run, waiting for the other rank included.
+    attention is part of compute, under_attention of hidden. Communication counts while its kernels run, waiting for the
+    other rank included.
     """
     ran = [e for e in events if e.get("ph") == "X" and e.get("cat") in ON_DEVICE]
     if not ran:
@@ -49,10 +51,12 @@ def overlap(events: list[dict[str, Any]]) -> dict[str, float]:
     for e in ran:
         spans[bool(COMMUNICATION.search(e["name"]))].append((e["ts"], e["ts"] + e["dur"]))
     sent, computed = union(spans[True]), union(spans[False])
+    attended = union((e["ts"], e["ts"] + e["dur"]) for e in ran if kind_of(e["name"]) == "attention")
     hidden, busy = shared(sent, computed), union([*sent, *computed])
     span = busy[-1][1] - busy[0][0]
     microseconds = {
-        "compute_ms": length(computed), "communication_ms": length(sent), "hidden_ms": hidden,
+        "compute_ms": length(computed), "attention_ms": length(attended), "communication_ms": length(sent), "hidden_ms": hidden,
+        "under_attention_ms": shared(sent, attended),
         "exposed_ms": length(sent) - hidden, "idle_ms": span - length(busy), "span_ms": span,
     }  # fmt: skip
     return {name: value / 1e3 for name, value in microseconds.items()}

@@ -1,0 +1,92 @@
+"""The distilled clip for bench_scaling.py: weights and a moving picture of the published sizes, and clips made of them.
+
+python tools/scaling_clip.py FOLDER [--smoke]       makes the files; `ready` lies there when they are whole
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+
+import make_checkpoint  # noqa: E402
+
+from cosmos_fast.text import write_embeddings  # noqa: E402
+from cosmos_fast.video import Writer  # noqa: E402
+
+PROMPT = "A busy street in warm evening light, photorealistic."
+READY, CLIP, TEXT, MODELS = "ready", "street.mp4", "text.safetensors", "models"
+FRAMES, SMOKE_FRAMES = 93, 5
+
+
+def make(folder: Path, *, smoke: bool) -> None:
+    """Random weights and embeddings of the published shapes, and a moving picture."""
+    size = "tiny" if smoke else "2b"
+    make_checkpoint.make(folder / MODELS, "distilled", size, with_vae=True, device="cpu")
+    config = make_checkpoint.config_of("distilled", size)
+    generator = torch.Generator().manual_seed(0)
+    embedded = torch.randn(config.text_tokens, config.text_width, generator=generator)
+    write_embeddings(folder / TEXT, {PROMPT: embedded.bfloat16()})
+    frames, width, height = (SMOKE_FRAMES, 256, 256) if smoke else (FRAMES, 1280, 704)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    with Writer(folder / CLIP, (width, height), 16) as writer:
+        for i in range(frames):
+            wave = np.sin((x + 9 * i) / 37) * np.cos((y - 5 * i) / 53)
+            planes = 127 + 120 * wave, 127 - 90 * wave, (x + 3 * i) % 256
+            writer.write(np.stack(planes, -1).astype(np.uint8))
+    (folder / READY).touch()
+
+
+def await_files(folder: Path, limit_s: float) -> None:
+    """Until another process has made them. Raises TimeoutError."""
+    until = time.monotonic() + limit_s
+    while not (folder / READY).exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{folder}: must hold the files of a clip within {limit_s:.0f} s, got none.")
+        time.sleep(0.2)
+
+
+def fields(folder: Path, *, smoke: bool) -> dict[str, Any]:
+    """Keys of the request."""
+    return {
+        "prompt": PROMPT, "video_path": str(folder / CLIP), "edge": {},
+        "num_video_frames_per_chunk": SMOKE_FRAMES if smoke else FRAMES, "resolution": "256" if smoke else "720",
+    }  # fmt: skip
+
+
+def frames_of(engine: Any, steps: int, given: dict[str, Any]) -> list[np.ndarray]:
+    """One clip, its frames on the host."""
+    from cosmos_fast.spec import Spec
+
+    return [part.frames for part in engine.stream(Spec(name="clip", num_steps=steps, **given))]
+
+
+def difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> dict[str, float]:
+    """Codes of two clips: their largest difference, its mean, and the share that differs."""
+    gaps = [np.abs(x.astype(np.int16) - y) for x, y in zip(found, wanted, strict=True)]
+    count = sum(gap.size for gap in gaps)
+    return {
+        "most": int(max(gap.max() for gap in gaps)), "mean": float(sum(gap.sum() for gap in gaps) / count),
+        "share": float(sum(np.count_nonzero(gap) for gap in gaps) / count),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    make(args.folder, smoke=args.smoke)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""One self-attention whose tokens are spread over ranks, for bench_scaling.py: the calls to time and what they must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from published import relative_l2
+from torch import Tensor
+
+from cosmos_fast.config import NetworkConfig
+from cosmos_fast.exchange import Exchanged, exact_operands, fp8_attend, fp8_operands
+from cosmos_fast.formats import EnvironmentProblem
+from cosmos_fast.parallel import Group, Shard
+from cosmos_fast.self_attention import exact
+from cosmos_fast.self_attention8 import fp8
+
+Call = Callable[[], Any]
+
+
+def operands(
+    config: NetworkConfig, grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Packed projection of all tokens, the same on every rank; gains of q and k, cos and sin."""
+    T, H, W = grid
+    L, N, K = T * H * W // 4, config.heads, config.head_width
+    g = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(L, 3 * N * K, generator=g, device=device, dtype=torch.bfloat16)
+    gains = torch.ones(2, K, device=device, dtype=torch.bfloat16).unbind(0)
+    angles = torch.rand(L, K // 2, generator=g, device=device) * 3
+    return qkv, (*gains, angles.cos(), angles.sin())
+
+
+def calls(qkv: Tensor, table: tuple[Tensor, ...], group: Group) -> Iterator[tuple[str, Call, Call | None]]:
+    """(name, call, the call of one rank whose rows it must give)."""
+    q_gain, k_gain, cos, sin = table
+    shard = Shard(group, len(qkv))
+    own, here = shard.split(qkv).contiguous(), (shard.split(cos), shard.split(sin))
+    one = partial(exact, qkv, *table, 0)
+    yield "one", one, None
+    yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, group), None
+    for parts in (1, 2, 4):
+        yield f"in {parts} parts", partial(Exchanged(group, parts=parts), own, *table, 0), one
+    try:
+        one8 = partial(fp8(qkv.device), qkv, *table, 0)
+    except EnvironmentProblem as error:  # no fast library; the same on all ranks, whose machine is one
+        print(f"bench_scaling: no 8-bit attention: {error}", flush=True)
+        return
+    yield "fp8, one", one8, None
+    yield "fp8, in 2 parts", partial(Exchanged(group, fp8_operands, fp8_attend), own, *table, 0), one8
+
+
+def equality(call: Call, wanted: Call | None, tokens: int, group: Group) -> dict[str, Any]:
+    """Whether the ranks' rows together are those of one rank."""
+    found = call()
+    if wanted is None:
+        return {}
+    whole, alone = Shard(group, tokens).join(found), wanted()
+    return {"bitwise": bool(torch.equal(whole, alone)), "relative_l2": relative_l2(whole, alone)}
