@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from statistics import median, quantiles
 from types import SimpleNamespace
@@ -59,14 +60,13 @@ class TeDelayedGelu(TeDelayed):
 @contextmanager
 def delayed_region() -> Iterator[None]:
     """Scales are renewed at its end, which Transformer Engine does only where gradients are enabled."""
-    te, recipes = (
-        import_module("transformer_engine.pytorch"),
-        import_module("transformer_engine.common.recipe"),
-    )
-    key = "recipe" if hasattr(te, "autocast") else "fp8_recipe"
-    region = getattr(te, "autocast", te.fp8_autocast)
-    with torch.enable_grad(), region(enabled=True, **{key: recipes.DelayedScaling(amax_history_len=16)}):
+    with torch.enable_grad(), te_linears.region(delayed_recipe()):
         yield
+
+
+@cache
+def delayed_recipe() -> Any:
+    return import_module("transformer_engine.common.recipe").DelayedScaling(amax_history_len=16)
 
 
 def delayed(call: Call) -> Call:
@@ -109,7 +109,7 @@ class Linears:
              exact: Callable[[], Tensor] | None = None) -> None:  # fmt: skip
         """Build every way, note its error on the sampled rows against `exact`, then time all that run, in turns."""
         out: dict[str, Any] = {}
-        self.b.record["linears"][name] = out
+        self.b.record.setdefault("linears", {})[name] = out
         want = None if exact is None else exact()
         calls: dict[str, Call] = {}
         for way, make in ways.items():
@@ -185,8 +185,8 @@ class Linears:
             "gelu, fp8": lambda: lambda: torch.ops.cosmos_fast.gelu_fp8(hidden, steps),
         })  # fmt: skip
 
-    def mlp(self) -> None:
-        """The MLP's first layer with its GELU, in the form that the second one takes."""
+    def mlp(self, sweep: bool = True) -> None:
+        """The MLP's first layer with its GELU, in the form that the second one takes. sweep: our kernel with every tile."""
         D, M = self.c.width, self.c.mlp_width
         x, w = self.activations(D), self.normal(M, D, scale=D**-0.5)
         h, (codes, scale) = ops_linear8.quantised(x), quantised_rows(w)
@@ -202,7 +202,8 @@ class Linears:
             "te, delayed scaling, our gelu": lambda: self.te_gelu(layer, x, TeDelayed),
         }
         if self.device.type == "cuda":
-            ways |= self.tiles(h, codes, scale, reach)
+            ways["fp8, gelu in the product"] = lambda: forced(ours, linear_gelu_fp8="triton")
+            ways |= self.tiles(h, codes, scale, reach) if sweep else {}
         flop = 2.0 * self.L * D * M
         self.part("fc1", ways, flop, lambda: F.gelu(x[self.rows].double() @ w.double().T))
 

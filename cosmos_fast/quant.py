@@ -79,12 +79,22 @@ class StoredLinear(_Matrix):
 
 def replace(network: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
     """Put what `make` gives for a layer and its name in the layer's place; None leaves it."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear) and (new := make(name, module)) is not None:
+    # Names, not layers: a list of layers would hold every wide matrix until the last one is replaced.
+    for name in [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]:
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.Linear) and (new := make(name, layer)) is not None:
             network.set_submodule(name, new)
 
 
-def _native(name: str, linear: nn.Linear) -> nn.Module | None:
+def settle(network: nn.Module) -> None:
+    """Derive what 8-bit layers keep beside their weights; after the weights are there, before the first call."""
+    for module in network.modules():
+        if isinstance(module, _Matrix):
+            module.settle()
+
+
+def native(name: str, linear: nn.Linear) -> nn.Module | None:
+    """The 8-bit layer in a layer's place by the rule of `fp8_weights`, None where the rule leaves it."""
     if is_stored(name):
         return StoredLinear(linear)
     if is_computed(name):
@@ -109,16 +119,14 @@ def loaded(network: N, state: dict[str, Tensor], linear: str = "bf16") -> N:
     if linear == "fp8":
         prove(device)
     if has_codes:
-        replace(network, _native)
+        replace(network, native)
     network.load_state_dict(state, strict=True, assign=True)
     state.clear()
     if linear == "fp8" and not has_codes:
-        replace(network, _native)
+        replace(network, native)
     if linear == "fp8_te":
         replace(network, te_linears.layers(device))
-    for module in network.modules():
-        if isinstance(module, _Matrix):
-            module.settle()
+    settle(network)
     return network.eval().requires_grad_(False)
 
 

@@ -41,6 +41,12 @@ def engine(device: torch.device) -> Any:
     return te
 
 
+def region(recipe: Any) -> Any:
+    """In which Transformer Engine's layers multiply as its recipe says; TE 2.9 renamed it and its argument."""
+    te = import_module("transformer_engine.pytorch")
+    return te.autocast(recipe=recipe) if hasattr(te, "autocast") else te.fp8_autocast(fp8_recipe=recipe)
+
+
 class TeLinear(Apart, nn.Module):
     """y = x W^T + b, both operands quantised by Transformer Engine, which keeps W as fp8."""
 
@@ -51,19 +57,18 @@ class TeLinear(Apart, nn.Module):
         w = linear.weight
         te = engine(w.device)
         self._recipe = import_module("transformer_engine.common.recipe").Float8CurrentScaling()
-        self._autocast = getattr(te, "autocast", te.fp8_autocast)
-        self._key = "recipe" if hasattr(te, "autocast") else "fp8_recipe"
-        stored = getattr(te, "quantized_model_init", te.fp8_model_init)
-        with stored(enabled=True, recipe=self._recipe):
+        stored = te.quantized_model_init if hasattr(te, "quantized_model_init") else te.fp8_model_init
+        # With gradients on it keeps each matrix transposed as well, for a backward pass: twice the bytes.
+        with torch.no_grad(), stored(enabled=True, recipe=self._recipe):
             self.inner = te.Linear(w.shape[1], w.shape[0], bias=False, params_dtype=w.dtype, device=w.device)
-        with torch.no_grad():
             self.inner.weight.copy_(w)
+        self.inner.weight.requires_grad_(False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (L, in) -> (L, out)."""
         rows = -x.shape[0] % MULTIPLE
-        with self._autocast(enabled=True, **{self._key: self._recipe}):
+        with region(self._recipe):
             y: Tensor = self.inner(nn.functional.pad(x, (0, 0, 0, rows)) if rows else x)[: x.shape[0]]
         return y if self.bias is None else y + self.bias
 
