@@ -13,20 +13,16 @@ template <class C>
 struct Consumer {
   using P = Plan<C>;
   using Scores = float[P::kScores];
-
-  // Probabilities are 2^(score - peak + kLift): e4m3 ends at 448 = 2^8.8, and a score may pass the peak by
-  // kSlack before the peak follows, so that most tiles change no peak.
-  static constexpr float kLift = 8.0f, kSlack = 0.75f;
+  static_assert(C::schedule == Schedule::kOverlap || !(C::late_sums || C::lean));
 
   const Params& p;
   const Shared<C>& shared;
   const Tiles<C>& tiles;
   const float* k_scale;
   int warpgroup, head, ragged;  // ragged: the key tile that reaches past the last key, or -1
-  float q_scale;
-  float peak[2], sum[2], shrink[2],
-      owed[2];  // in powers of 2; owed: shrinks not yet applied to the exact sums
-  bool moved;
+  float q_scale, block_scale;
+  Rows<C> rows;
+  float owed[2] = {};  // shrinks not yet applied to the exact sums
   uint32_t q[C::q_registers ? 16 : 1];
   uint32_t probabilities[P::kScores / 4];
   float out[P::kOuts];
@@ -39,8 +35,7 @@ struct Consumer {
     q_scale = p.scale_log2 * (p.q_scale ? p.q_scale[int64_t{head} * p.q_scale_head + block] : 1.0f);
     k_scale = p.k_scale + int64_t{head} * p.k_scale_head;
     ragged = p.num_keys % C::keys ? p.num_keys / C::keys : -1;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) peak[r] = -INFINITY, sum[r] = 0.0f, owed[r] = 0.0f;
+    block_scale = fmaxf(q_scale * __ldg(k_scale), 1e-30f);
 #pragma unroll
     for (int i = 0; i < P::kOuts; ++i) out[i] = 0.0f;
   }
@@ -74,12 +69,18 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ void await_keys(int i) const {
+    barrier_wait(shared.keys_full(i % C::stages), i / C::stages & 1);
+  }
+  __device__ __forceinline__ void await_values(int i) const {
+    barrier_wait(shared.values_full(i % C::stages), i / C::stages & 1);
+  }
+
   // Starts scores = Q K^T of tile i. Past the last tile the products read what the stage holds, and nobody
   // reads them: a branch around them would make the compiler wait for every product.
   __device__ __forceinline__ void start_scores(Scores& scores, int i) {
     const int stage = i % C::stages;
-    if (C::schedule != Schedule::kDeep || i < tiles.count)
-      barrier_wait(shared.keys_full(stage), i / C::stages & 1);
+    if (!C::lean && (C::schedule != Schedule::kDeep || i < tiles.count)) await_keys(i);
     const uint64_t b = operand<128>(shared.keys(stage));
     product_fence();
 #pragma unroll
@@ -96,7 +97,7 @@ struct Consumer {
   // Starts out += probabilities V of tile i.
   __device__ __forceinline__ void start_values(int i) {
     const int stage = i % C::stages;
-    barrier_wait(shared.values_full(stage), i / C::stages & 1);
+    if (!C::lean) await_values(i);
     const uint64_t b = operand<P::kValueRowBytes>(shared.values(stage));
     product_fence();
 #pragma unroll
@@ -109,63 +110,39 @@ struct Consumer {
 
   // Of the scores of tile i, to powers of 2; positive, so that -inf stays -inf.
   __device__ __forceinline__ float scale_of(int i) const {
+    // Tiles that do not divide a block of keys have one scale a head (attention8_launch.cuh).
+    if constexpr (C::lean && kAttention8ScaleKeys % C::keys != 0) return block_scale;
     const int block = tiles[i] * C::keys / kAttention8ScaleKeys * p.k_scale_step;
     return fmaxf(q_scale * __ldg(k_scale + block), 1e-30f);
   }
 
-  // Scores to 2^(score - peak + kLift), in place; sums and peaks follow, and shrink says what is owed to
-  // older tiles.
+  // Whether the keys end within tile i. Lists are read only where they end within any.
+  __device__ __forceinline__ bool ends(int i) const {
+    if constexpr (C::sparse)
+      if (ragged < 0) return false;
+    return tiles[i] == ragged;
+  }
+
+  // Scores of tile i to weights. Keys past the last weigh nothing.
   __device__ __forceinline__ void softmax(Scores& s, int i, float scale) {
-    if constexpr (C::probe == Probe::kNoSoftmax) {
-      moved = false, peak[0] = peak[1] = 0.0f, sum[0] = sum[1] = 1.0f;
-      return;
-    }
-    if (tiles[i] == ragged) {
+    if (ends(i)) {
       const int left = p.num_keys - ragged * C::keys - lane() % 4 * 2;
 #pragma unroll
       for (int e = 0; e < P::kScores; ++e)
         if (e / 4 * 8 + e % 2 >= left) s[e] = -INFINITY;
     }
-    float top[2];
-    row_maxima<C>(s, peak, top);
-    bool up_any = false;
-    float lift[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float best = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-      best = scale * fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      const bool up = best > peak[r] + kSlack;
-      const float next = up ? best : peak[r];
-      shrink[r] = exp2_unit(peak[r] - next);
-      sum[r] *= shrink[r];
-      peak[r] = next;
-      lift[r] = kLift - next;
-      up_any |= up;
-    }
-    moved = __any_sync(~0u, up_any);
-#pragma unroll
-    for (int e = 0; e < P::kScores; ++e) {
-      const int r = e / 2 % 2;
-      const float power = fmaf(s[e], scale, lift[r]);
-      // Spread over each group of eight, and over both rows.
-      const bool poly = (e * 5 + e / 8) % 8 < C::poly;
-      if constexpr (C::probe == Probe::kNoExponentials)
-        s[e] = power;
-      else
-        s[e] = poly ? exp2_poly(power) : exp2_unit(power);
-      sum[r] += s[e];
-    }
+    rows.weigh(s, scale);
   }
 
   // Waits for all products and brings the output to the present peak. The wait stands on both sides of a
   // branch that follows the exponentials: in one block with them the compiler would put it first, and nothing
   // would overlap.
   __device__ __forceinline__ void finish_and_rescale() {
-    if (moved) {
+    if (rows.moved) {
       product_wait<0>(out);
 #pragma unroll
-      for (int e = 0; e < P::kOuts; ++e) out[e] *= shrink[e / 2 % 2];
-      if constexpr (C::promote > 0) owed[0] *= shrink[0], owed[1] *= shrink[1];
+      for (int e = 0; e < P::kOuts; ++e) out[e] *= rows.shrink[e / 2 % 2];
+      if constexpr (C::promote > 0) owed[0] *= rows.shrink[0], owed[1] *= rows.shrink[1];
     }
     product_wait<0>(out);
   }
@@ -248,14 +225,17 @@ struct Consumer {
     Scores s;
     const int last = tiles.count - 1;
     float scale = scale_of(0);
+    if constexpr (C::lean) await_keys(0);
     start_scores(s, 0);
     product_wait<0>(s);
     release_keys(0);
     softmax(s, 0, scale);
     pack(s);
+    if constexpr (C::late_sums) rows.add(s);
     if (last > 0) open_turns();
     for (int i = 1; i <= last; ++i) {
       scale = scale_of(i);
+      if constexpr (C::lean) await_keys(i), await_values(i - 1);
       await_turn();
       start_scores(s, i);
       start_values(i - 1);
@@ -267,7 +247,9 @@ struct Consumer {
       release_values(i - 1);
       promote(i - 1, false);
       pack(s);
+      if constexpr (C::late_sums) rows.add(s);
     }
+    if constexpr (C::lean) await_values(last);
     start_values(last);
     product_wait<0>(out);
   }
@@ -314,14 +296,14 @@ struct Consumer {
     const float* mean = p.v_mean ? p.v_mean + head * 128 + 2 * t : nullptr;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float total = sum[r];
+      float total = rows.sum[r];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
       const int row = query_tile * P::kQueries + 64 * warpgroup + 16 * warp() + g + 8 * r;
       if (row >= p.num_queries) continue;
       const float share = total > 0.0f ? 1.0f / total : 0.0f;
       if (p.lse && t == 0)
-        p.lse[int64_t{head} * p.num_queries + row] = 0.69314718f * (peak[r] - kLift + __log2f(total));
+        p.lse[int64_t{head} * p.num_queries + row] = 0.69314718f * (rows.peak[r] - kLift + __log2f(total));
       __nv_bfloat16* to = p.out + row * p.out_row + head * p.out_head + 2 * t;
 #pragma unroll
       for (int j = 0; j < 16; ++j) {

@@ -45,4 +45,77 @@ __device__ __forceinline__ void row_maxima(const float (&s)[Plan<C>::kScores], c
   for (int r = 0; r < 2; ++r) top[r] = fmaxf(pair[r][0], pair[r][1]);
 }
 
+// Weights are 2^(score - peak + kLift): e4m3 ends at 448 = 2^8.8, and a score may pass the peak by kSlack
+// before the peak follows, so that most tiles change no peak.
+constexpr float kLift = 8.0f, kSlack = 0.75f;
+
+// Two rows of a softmax, as far as one thread knows them: peaks in powers of 2, and sums of weights of a
+// quarter of the columns.
+template <class C>
+struct Rows {
+  using Scores = float[Plan<C>::kScores];
+  static constexpr int kScores = Plan<C>::kScores;
+
+  float peak[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  float shrink[2];  // what the last tile left of the weights before it, if it moved a peak
+  bool moved;       // the same for a warp
+
+  // A peak follows its row where a score passes it by more than kSlack, and the sums come along. top: the
+  // largest score of each row in this thread. Returns whether a peak moved.
+  __device__ __forceinline__ bool follow(const float (&top)[2], float scale) {
+    bool up_any = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float best = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+      best = scale * fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+      const bool up = best > peak[r] + kSlack;
+      const float next = up ? best : peak[r];
+      shrink[r] = exp2_unit(peak[r] - next);
+      sum[r] *= shrink[r];
+      peak[r] = next;
+      up_any |= up;
+    }
+    return up_any;
+  }
+
+  // Adds weights to the sums, in two parts a row, which do not wait for each other.
+  __device__ __forceinline__ void add(const Scores& s) {
+    float part[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
+#pragma unroll
+    for (int e = 4; e < kScores; ++e) part[e / 2 % 2][e % 2] += s[e];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += part[r][0] + part[r][1];
+  }
+
+  // Scores to weights, in place; peaks follow, and unless late_sums leaves that to `add`, sums too.
+  __device__ __forceinline__ void weigh(Scores& s, float scale) {
+    if constexpr (C::probe == Probe::kNoSoftmax) {
+      moved = false, peak[0] = peak[1] = 0.0f, sum[0] = sum[1] = 1.0f;
+      return;
+    }
+    float top[2];
+    row_maxima<C>(s, peak, top);
+    if constexpr (C::vote) {
+      // What no thread's scores pass, no row's do.
+      moved = __any_sync(~0u, scale * top[0] > peak[0] + kSlack || scale * top[1] > peak[1] + kSlack);
+      if (moved) follow(top, scale);
+    } else {
+      moved = __any_sync(~0u, follow(top, scale));
+    }
+    const float lift[2] = {kLift - peak[0], kLift - peak[1]};
+#pragma unroll
+    for (int e = 0; e < kScores; ++e) {
+      const int r = e / 2 % 2;
+      const float power = fmaf(s[e], scale, lift[r]);
+      // Spread over each group of eight, and over both rows.
+      const bool poly = (e * 5 + e / 8) % 8 < C::poly;
+      if constexpr (C::probe == Probe::kNoExponentials)
+        s[e] = power;
+      else
+        s[e] = poly ? exp2_poly(power) : exp2_unit(power);
+      if constexpr (!C::late_sums) sum[r] += s[e];
+    }
+  }
+};
+
 }  // namespace cosmos_fast::attention8

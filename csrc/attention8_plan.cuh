@@ -33,6 +33,9 @@ struct Config {
   static constexpr bool q_registers = false;  // queries stay in registers
   static constexpr bool sparse = false;       // key tiles from a list
   static constexpr bool max3 = false;  // maxima of three at a time, as integers, while they are positive
+  static constexpr bool vote = false;  // rows gather their maxima only in tiles in which a peak may follow
+  static constexpr bool late_sums = false;  // weights are summed behind the exponentials, not among them
+  static constexpr bool lean = false;  // operands are awaited before the turn, one scale is loaded per block
   static constexpr int cluster = 1;    // blocks that share their key tiles: each fetches a part for all
   static constexpr Probe probe = Probe::kNone;
 };
@@ -137,8 +140,10 @@ __device__ void produce(const CUtensorMap* q_map, const CUtensorMap* k_map, cons
   const int key_part = rank * Part<C>::kKeys, channel_part = rank * Part<C>::kChannels;
   barrier_expect(shared.queries_full(), P::kQueryBytes);
   copy_box(shared.base, q_map, shared.queries_full(), 0, head, query_tile * P::kQueries);
+  int next = tiles[0];
   for (int i = 0; i < tiles.count; ++i) {
-    const int stage = i % C::stages, first_key = tiles[i] * C::keys;
+    const int stage = i % C::stages, first_key = next * C::keys;
+    if (i + 1 < tiles.count) next = tiles[i + 1];  // from memory, if sparse: asked for before the waits
     const uint32_t free = (i / C::stages & 1) ^ 1;
     barrier_wait(shared.keys_empty(stage), free);
     barrier_expect(shared.keys_full(stage), P::kKeyBytes);

@@ -125,12 +125,15 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Arrives at the barrier that lies at this address in the shared memory of another block of the cluster.
+// Arrives at the barrier that lies at this address in the shared memory of another block of the cluster. It
+// orders what this thread read before within its own block only: released to the cluster, each arrival would
+// wait for all memory accesses of the thread as seen by the whole GPU (MEMBAR.ALL.GPU), and what a stage's
+// readers have to show is that their products ended, which waiting for them did.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }

@@ -25,6 +25,7 @@ PROBES = {
     "no_softmax": "NoSoftmax",
 }
 """Work left out to learn what it costs: timed, never checked."""
+FLAGS = ("turns", "q_registers", "sparse", "max3", "vote", "late_sums", "lean")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Rung:
     q_registers: bool = False
     sparse: bool = False
     max3: bool = False
+    vote: bool = False
+    late_sums: bool = False
+    lean: bool = False
     cluster: int = 1
     probe: str = "None"
     extra: bool = False
@@ -55,7 +59,7 @@ class Rung:
         numbers = {
             n: getattr(self, n) for n in ("warpgroups", "keys", "stages", "poly", "promote", "cluster")
         }
-        flags = {n: str(getattr(self, n)).lower() for n in ("turns", "q_registers", "sparse", "max3")}
+        flags = {n: str(getattr(self, n)).lower() for n in FLAGS}
         members = [f"static constexpr int {n} = {v};" for n, v in numbers.items()]
         members += [f"static constexpr bool {n} = {v};" for n, v in flags.items()]
         members.append(f"static constexpr Schedule schedule = Schedule::k{self.schedule};")
@@ -66,8 +70,16 @@ class Rung:
 THREE: dict[str, Any] = {"schedule": "Overlap", "warpgroups": 3, "keys": 96, "turns": True}
 """Three consumers with tiles of 96 keys: the fastest of the first ladder."""
 
+LEAN: dict[str, Any] = THREE | {"vote": True, "late_sums": True, "lean": True}
+
 RUNGS = (
     Rung("three", **THREE),
+    Rung("three_vote", **THREE, vote=True),
+    Rung("three_late", **THREE, vote=True, late_sums=True),
+    Rung("three_lean", **LEAN),
+    Rung("three_lean_cluster", **LEAN, cluster=2),
+    Rung("three_lean_free", **LEAN | {"turns": False}),
+    Rung("three_lean_sparse", **LEAN, sparse=True),
     Rung("three_cluster", **THREE, cluster=2),
     Rung("three_cluster_6", **THREE, cluster=2, stages=6),
     Rung("three_max3", **THREE, max3=True),
