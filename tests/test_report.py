@@ -15,7 +15,19 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from composed import composed  # noqa: E402
 
-NAMES = ("denoiser", "waterfall", "breakdown", "kernels", "accuracy", "job", "clip", "embedded", "fp8", "vae")
+NAMES = (
+    "denoiser",
+    "waterfall",
+    "breakdown",
+    "kernels",
+    "accuracy",
+    "job",
+    "clip",
+    "embedded",
+    "fp8",
+    "vae",
+    "fidelity",
+)
 README = "# Title\n" + "".join(
     f"<!-- report:{n} -->\nold {n}\n<!-- /report:{n} -->\nkept {n}\n" for n in NAMES
 )
@@ -74,6 +86,9 @@ FP8 = {"kind": "fp8", "environment": environment("2026-01-03T00:00:00"),
                   "te, delayed scaling": {"error": "absent"}},
         "fc1": {"fp8 triton a": {"ms": 2.5, "tflop_s": 1130.0}, "fp8 triton b": {"ms": 2.25, "tflop_s": 1256.0}},
     },
+    "te_call": {"variants": {"exact": variant(3.5, 0), "fp8_te": variant(3.0, 0)},
+                "recipes": {"exact": {"weights_gib": 5.5}, "fp8_te": {"weights_gib": 3.0, "own_peak_gib": 9.0, "relative_l2_to_exact": 0.06}}},
+    "budget": {"grid": [24, 88, 160], "relative_l2": {"all": {"0": 0.04, "10": 0.03}, "MLP": {"10": 0.02}, "lost": {}}},
 }  # fmt: skip
 SCORE = {"value": 0.75, "weight_0": 0.25, "shuffled": 0.125, "ceiling": 0.875, "gain": 0.8}
 EMBEDDED = {
@@ -146,6 +161,13 @@ def test_8_bit_calls_and_layers_beside_their_peers(place: Path) -> None:
         and found["linears_ms.fp8"]["peer"]["te, current scaling"] == 11.5
     )
     assert found["denoiser_weights_gib.fp8"]["value"] == 2.875
+    assert found["denoiser_call_s.fp8_te"]["value"] == 3.0 and found["denoiser_call_s.fp8_te"]["peer"] == {
+        "exact": 3.5
+    }
+    assert (
+        "| ours, linear layers of Transformer Engine | 3.000 | 0.011 | – | 3.00 | 9.00 | 6.00e-02 |" in text
+    )
+    assert "| all | 4.00e-02 | 3.00e-02 |\n| MLP | – | 2.00e-02 |\n" in text and "lost" not in text
 
 
 def test_the_vae_beside_its_peers_with_stages_windows_errors_and_a_clips_end(place: Path) -> None:

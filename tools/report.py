@@ -261,17 +261,9 @@ def embedded(r: Results) -> str | None:
     return "\n\n".join([*tables, report_embedded.verdict(record["goals"]), note(file, record)])
 
 
-def fp8(r: Results) -> str | None:
-    """8-bit linear layers and attention: whole calls by recipe, then the parts of a block."""
-    parts = (("call", report_fp8.call_table), ("linears", report_fp8.linear_table))
-    found = [(make, one) for key, make in parts if (one := r.own(key, "fp8")) is not None]
-    shown = (f"{table(*make(part))}\n\n{note(file, record)}" for make, (file, record, part) in found)
-    return "\n\n".join(shown) or None
-
-
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "denoiser": denoiser, "waterfall": waterfall, "breakdown": breakdown, "kernels": kernels, "accuracy": accuracy, "job": job,
-    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": fp8,
+    "clip": clip, "prompt_encoder": prompt_encoder, "embedded": embedded, "fp8": lambda r: report_fp8.shown(r, table, note),
     "scaling": lambda r: report_scaling.shown(r, table, note), "fidelity": lambda r: report_fidelity.shown(r, table, note), "vae": lambda r: report_vae.shown(r, table, note),
 }  # fmt: skip
 MARK = re.compile(r"<!-- report:(\w+) -->\n(.*?)<!-- /report:\1 -->", re.DOTALL)
@@ -357,11 +349,7 @@ def figures(results: list[Results]) -> dict[str, Result]:
         if (found := r.own("embedded", "embedded")) is not None:
             for key, value, unit in report_embedded.figures(found[2]):
                 put(key, value, unit, found[0])
-        call, linears = r.own("call", "fp8"), r.own("linears", "fp8")
-        for key, value, unit, peer in report_fp8.figures(call and call[2], linears and linears[2]):
-            source = linears if key.startswith("linears") else call
-            put(key, value, unit, source[0] if source else "", peer)
-        for key, value, unit, file, peer in report_fidelity.figures(r):
+        for key, value, unit, file, peer in (*report_fp8.figures(r), *report_fidelity.figures(r)):
             put(key, value, unit, file, peer)
         if (found := r.own("loops", "scaling")) is not None:
             for key, gain in report_scaling.gains(found[1]).items():

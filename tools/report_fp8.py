@@ -1,12 +1,13 @@
-"""What tools/report.py says of 8-bit linear layers and calls: the `linears` and `call` of records of tools/bench_fp8.py."""
+"""What tools/report.py says of 8-bit layers and calls: `call`, `te_call`, `linears`, `budget` of records of tools/bench_fp8.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 RECIPES = {
     "exact": "ours, exact", "fp8_linear": "ours, linear layers in 8 bits", "fp8": "ours, linear layers and attention in 8 bits",
+    "fp8_own": "the same, our attention kernel", "fp8_fa3": "the same, FlashAttention-3", "fp8_cudnn": "the same, cuDNN",
     "fp8_te": "ours, linear layers of Transformer Engine", "diffusers_compiled": "diffusers, blocks compiled",
 }  # fmt: skip
 PARTS = {
@@ -53,26 +54,56 @@ def linear_table(linears: Mapping[str, Any]) -> Table:
     return ["at 84,480 tokens", "ms", "TFLOP/s", "relative L2"], rows
 
 
-def figures(
-    call: Mapping[str, Any] | None, linears: Mapping[str, Any] | None
-) -> Iterator[tuple[str, float, str, dict[str, float]]]:
-    """(key, value, unit, peers): denoiser_call_s.fp8, .fp8_linear, denoiser_weights_gib.fp8, ..., linears_ms.fp8."""
-    times = {} if call is None else {name: row["median_s"] for name, row in call["variants"].items()}
-    for name in ("fp8", "fp8_linear"):
-        if call is not None and name in times:
+def budget_table(budget: Mapping[str, Any]) -> Table:
+    """(head, rows): how far a velocity is from the exact one with one kind of layer in 8 bits; columns are steps."""
+    found = {name: row for name, row in budget["relative_l2"].items() if row}
+    steps = sorted({step for row in found.values() for step in row}, key=int)
+    rows = [[name, *(f"{row[s]:.2e}" if s in row else "–" for s in steps)] for name, row in found.items()]
+    return ["in 8 bits, relative L2 of a call", *(f"step {s}" for s in steps)], rows
+
+
+PLACES = {"call": call_table, "te_call": call_table, "linears": linear_table, "budget": budget_table}
+
+
+def shown(results: Any, table: Callable[..., str], note: Callable[..., str]) -> str | None:
+    """The newest of each, with its file."""
+    found = [(make, one) for key, make in PLACES.items() if (one := results.own(key, "fp8")) is not None]
+    parts = (f"{table(*make(part))}\n\n{note(file, record)}" for make, (file, record, part) in found)
+    return "\n\n".join(parts) or None
+
+
+def figures(results: Any) -> Iterator[tuple[str, float, str, str, dict[str, float]]]:
+    """(key, value, unit, file, peers): denoiser_call_s.fp8, .fp8_linear, .fp8_te, denoiser_weights_gib.fp8, ..., linears_ms.fp8."""
+    for place in ("te_call", "call"):  # the second counts where both have a recipe
+        if (found := results.own(place, "fp8")) is not None:
+            yield from _of_calls(found[0], found[2])
+    if (found := results.own("linears", "fp8")) is not None:
+        ways = {way: row["ms"] for way, row in found[2].get("block", {}).items() if "ms" in row}
+        if ours := [ms for way, ms in ways.items() if way.startswith("fp8")]:
+            peers = {way: ways[way] for way in ("bf16", *TE) if way in ways}
+            yield "linears_ms.fp8", min(ours), "ms", found[0], peers
+
+
+def _of_calls(file: str, call: Mapping[str, Any]) -> Iterator[tuple[str, float, str, str, dict[str, float]]]:
+    times = {name: row["median_s"] for name, row in call["variants"].items()}
+    exact = call["recipes"].get("exact", {})
+    for name in ("fp8", "fp8_linear", "fp8_te"):
+        if name in times:
             about = call["recipes"][name]
             peers = {p: times[p] for p in ("exact", "diffusers_compiled") if p in times}
-            yield f"denoiser_call_s.{name}", times[name], "s", peers
-            yield f"call_error_to_exact.{name}", about["relative_l2_to_exact"], "1", {}
-            for key, figure in (
+            yield f"denoiser_call_s.{name}", times[name], "s", file, peers
+            yield f"call_error_to_exact.{name}", about["relative_l2_to_exact"], "1", file, {}
+            for key, title in (
                 ("weights_gib", "denoiser_weights_gib"),
                 ("own_peak_gib", "denoiser_peak_gib"),
             ):
                 if key in about:
-                    exact = call["recipes"].get("exact", {})
-                    yield f"{figure}.{name}", about[key], "GiB", {"exact": exact[key]} if key in exact else {}
-    ways = {way: row["ms"] for way, row in (linears or {}).get("block", {}).items() if "ms" in row}
-    ours = [ms for way, ms in ways.items() if way.startswith("fp8")]
-    if ours:
-        peers = {way: ways[way] for way in ("bf16", *TE) if way in ways}
-        yield "linears_ms.fp8", min(ours), "ms", peers
+                    yield (
+                        f"{title}.{name}",
+                        about[key],
+                        "GiB",
+                        file,
+                        {"exact": exact[key]} if key in exact else {},
+                    )
+        if name in call.get("kernels", {}):
+            yield f"rounding_share.{name}", call["kernels"][name]["rounding_share"], "1", file, {}
