@@ -323,6 +323,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("720p out", "production", "to pixels", {**_WIDE, "O": 3, "last": 1}),
         Case("small", "small", "a short window, as a block calls it", {"C": 16, "O": 24, "F": 2, "H": 3, "W": 5, "added": 1, "last": 1}),
         Case("to pixels", "small", "four frames to 3 channels", {"C": 16, "O": 3, "F": 4, "H": 2, "W": 4, "last": 1}),
+        Case("to pixels, two", "small", "two frames to 3 channels", {"C": 16, "O": 3, "F": 2, "H": 2, "W": 4, "last": 1}),
         Case("time", "small", "3x1x1", {"C": 16, "O": 32, "F": 2, "H": 2, "W": 4, "s": 1}),
         Case("time stride", "odd", "3x1x1, every other frame", {"C": 8, "O": 8, "F": 3, "H": 2, "W": 3, "s": 1, "stride": 2, "B": 2}),
         Case("point", "odd", "1x1x1, channels no power of two", {"C": 24, "O": 40, "F": 2, "H": 2, "W": 3, "s": 1, "t": 1}),

@@ -11,22 +11,16 @@ from math import prod
 from .config import NetworkConfig, published_shapes
 from .formats import PATCH, SPATIAL, TEMPORAL
 from .recipe import Plan, Recipe
-from .vae_keys import vae_flops, vae_layout, vae_memory
+from .vae_keys import vae_flops, vae_layout
 from .vae_rows import strip_memory
 
 VAE_PARAMETERS = sum(prod(shape) for shape in vae_layout().values())
-_VAE_PIXELS = 704 * 1280  # the size at which the constants below were counted
-# Live bytes in bf16 at that size, GiB: constant part (caches, one frame's tensors), and per frame encoded at
-# once or per latent frame decoded at once. A line through 6.4, 9.0, 14.1, 24.5 (windows 4, 8, 16, 32) and
-# 8.6, 12.8, 21.1, 37.7 (1, 2, 4, 8).
-_VAE_ENCODE_GIB = (3.80, 0.645)
-_VAE_DECODE_GIB = (4.45, 4.15)
 
 MEMORY_FORMULA = (
     "estimate, not a measurement: weights (network + VAE) + the largest of "
     "denoise = (3 + 2 * mlp_ratio + control blocks) * L * D + 2 prompts, "
-    "encode = 3.80 + 0.645 * window GiB, decode = 4.45 + 4.15 * window GiB "
-    "(VAE in bf16 at 704x1280, in proportion to pixels and to what strips of rows leave of it; twice as much in fp32)"
+    "encode, decode = histories of the VAE's convs + input, history, output and skip of its widest conv, in windows and "
+    "strips of rows as planned"
 )
 
 
@@ -88,16 +82,12 @@ def memory_bytes(
     live = 3 + 2 * config.mlp_ratio + config.num_control_blocks
     denoise = live * tokens(frames, width, height) * config.width * size
     denoise += 2 * config.text_tokens * config.text_width * size
-    scale = width * height / _VAE_PIXELS * size / 2 * 2**30
-    encode_window = min(plan.vae_encode_window, frames - 1)
+    encode_window = max(min(plan.vae_encode_window, frames - 1), TEMPORAL)
     decode_window = min(plan.vae_decode_window, 1 + (frames - 1) // TEMPORAL)
-    size_of_picture = height, width, max(encode_window, TEMPORAL), decode_window
-    whole, cut = vae_memory(*size_of_picture), strip_memory(*size_of_picture, plan.vae_strips)
+    encode, decode = strip_memory(height, width, encode_window, decode_window, plan.vae_strips)
     return {
         "weights": weights,
-        "encode": weights
-        + int(cut[0] / whole[0] * scale * (_VAE_ENCODE_GIB[0] + _VAE_ENCODE_GIB[1] * encode_window)),
+        "encode": weights + encode * size,
         "denoise": weights + denoise,
-        "decode": weights
-        + int(cut[1] / whole[1] * scale * (_VAE_DECODE_GIB[0] + _VAE_DECODE_GIB[1] * decode_window)),
+        "decode": weights + decode * size,
     }

@@ -24,7 +24,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import ops_vae
 from .convolution import frames_like as frames_like
 from .convolution import rms
-from .vae_keys import Block, VAEConfig, decoder_blocks, encoder_blocks, vae_flops, vae_memory, windows
+from .vae_keys import (
+    WIDE_FRAMES,
+    Block,
+    VAEConfig,
+    decoder_blocks,
+    encoder_blocks,
+    vae_flops,
+    vae_memory,
+    wide_blocks,
+    windows,
+)
 
 __all__ = ["VAE", "Stream", "VAEConfig", "channels_last_", "flops", "memory_estimate", "windows"]
 
@@ -69,6 +79,10 @@ class Stream:
         padded[:, :, past:].copy_(x)
         self.remember(layer, padded[:, :, -past:])
         return padded
+
+    def parts(self, x: Tensor, frames: int) -> tuple[Tensor, ...]:
+        """x in parts of so many frames, to pass one after the other; x whole where nothing is kept from part to part."""
+        return x.split(frames, dim=2) if self._keep else (x,)
 
     @property
     def nbytes(self) -> int:
@@ -243,7 +257,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z, T, h, w) -> (B, 3, F, H, W)."""
+    """(B, z, T, h, w) -> (B, 3, F, H, W).
+
+    A window is passed on in smaller parts where its frames are widest, which is where the most memory is held.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -252,10 +269,16 @@ class Decoder(nn.Module):
         self.middle = _middle(top)
         self.upsamples = nn.ModuleList(_build(block) for block in decoder_blocks(config))
         self.head = nn.ModuleDict({"0": Norm(bottom), "2": CausalConv(bottom, 3)})
+        self.wide = wide_blocks(config)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv1(stream.extend(self.conv1, x))
-        for block in (*self.middle, *self.upsamples):
+        for block in (*self.middle, *self.upsamples[: -self.wide]):
+            x = block(x, stream)
+        return torch.cat([self._frames(part, stream) for part in stream.parts(x, WIDE_FRAMES)], dim=2)
+
+    def _frames(self, x: Tensor, stream: Stream) -> Tensor:
+        for block in self.upsamples[-self.wide :]:
             x = block(x, stream)
         return norm_conv(self.head, "0", "2", x, stream)
 

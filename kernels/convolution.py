@@ -57,6 +57,7 @@ FASTEST: dict[tuple[int, int, int], Tiles] = {
     (4, 192, 96): Tiles(256, 128, 0, 64, 8, 4, parts=4),
     (4, 384, 192): Tiles(128, 128, 64, 64, 8, 4),
     (54, 96, 12): Tiles(256, 16, 0, 32, 8, 7, parts=1),
+    (36, 96, 6): Tiles(256, 16, 0, 32, 8, 7, parts=1),
     (27, 8, 96): Tiles(256, 128, 0, 32, 8, 4, parts=4),
     (9, 96, 96): Tiles(256, 128, 0, 32, 8, 7, parts=4),
     (9, 192, 192): Tiles(128, 128, 64, 64, 8, 4),
@@ -288,8 +289,8 @@ def conv3d(
 ) -> Tensor:  # fmt: skip
     """Valid convolution, (B, C, F, H, W) -> (B, O, F', H', W'), stride in time only, + bias + residual."""
     O, _, time, rows, columns = weight.shape  # noqa: E741
-    if O <= 4 and time == 3 and time_stride == 1 and x.shape[2] % 4 == 2 and residual is None:
-        return _four_frames(x, weight, bias, tiles)
+    if O <= 4 and time == 3 and time_stride == 1 and x.shape[2] % 2 == 0 and residual is None:
+        return _together(x, weight, bias, 4 if x.shape[2] % 4 == 2 else 2, tiles)
     (B, _, F, H, W), C = x.shape, _channels(x)
     frames, height, width = (F - time) // time_stride + 1, H - rows + 1, W - columns + 1
     out = _frames(x, O, frames, height, width)
@@ -314,17 +315,17 @@ def conv3d(
     return out
 
 
-def _four_frames(x: Tensor, weight: Tensor, bias: Tensor, tiles: Tiles | None) -> Tensor:
-    """`conv3d` to a few channels: those of four frames that follow each other are channels of one product.
+def _together(x: Tensor, weight: Tensor, bias: Tensor, count: int, tiles: Tiles | None) -> Tensor:
+    """`conv3d` to a few channels: those of `count` frames that follow each other are channels of one product.
 
-    Each of their six input frames is then read once for all four, where the reading is all that takes time.
+    Each of their input frames is then read once for all of them, where the reading is all that takes time.
     """
     O, C, _, *sides = weight.shape  # noqa: E741
-    wide = weight.new_zeros(4, O, 6, *sides, C).movedim(-1, 2)
-    for frame in range(4):
+    wide = weight.new_zeros(count, O, count + 2, *sides, C).movedim(-1, 2)
+    for frame in range(count):
         wide[frame, :, :, frame : frame + 3] = weight
-    y = conv3d(x, wide.flatten(0, 1), bias.repeat(4), None, 4, tiles=tiles)
-    y = y.unflatten(1, (4, O)).permute(0, 3, 1, 4, 5, 2)
+    y = conv3d(x, wide.flatten(0, 1), bias.repeat(count), None, count, tiles=tiles)
+    y = y.unflatten(1, (count, O)).permute(0, 3, 1, 4, 5, 2)
     return y.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 

@@ -136,13 +136,13 @@ def test_memory_follows_recipe_and_windows() -> None:
     gib = 2**30
     base = memory(Plan(vae_encode_window=16))
     assert base["weights"] == 2 * (2_763_070_464 + 126_892_531)
-    assert (base["encode"] - base["weights"]) / gib == pytest.approx(14.1, rel=0.01)
-    assert (base["decode"] - base["weights"]) / gib == pytest.approx(8.6, rel=0.01)
+    assert (base["encode"] - base["weights"]) / gib == pytest.approx(10.41, rel=0.01)
+    assert (base["decode"] - base["weights"]) / gib == pytest.approx(5.58, rel=0.01)
     assert (base["denoise"] - base["weights"]) == 15 * 84_480 * 2048 * 2 + 2 * 512 * 100_352 * 2
     small = memory(Plan(vae_encode_window=4))
-    assert (small["encode"] - small["weights"]) / gib == pytest.approx(6.4, rel=0.01)
+    assert (small["encode"] - small["weights"]) / gib == pytest.approx(4.61, rel=0.01)
     wide = memory(Plan(vae_decode_window=4))
-    assert (wide["decode"] - wide["weights"]) / gib == pytest.approx(21.1, rel=0.01)
+    assert (wide["decode"] - wide["weights"]) / gib == pytest.approx(8.48, rel=0.01)
     for stage, doubled in memory(Plan(vae_encode_window=16), Recipe.fp32()).items():
         assert doubled == pytest.approx(2 * base[stage], abs=2)
     for name in ("fp8", "fp8_linear"):
@@ -164,7 +164,7 @@ def test_plan_of_one_clip(media: Path) -> None:
     assert clip.tflop["denoise"] == 70 * costs.network_flop(5760, NetworkConfig()) / 1e12
     assert clip.tflop["encode"] == costs.vae_encode_flop(93, 320, 192) / 1e12
     assert clip.tflop["total"] == pytest.approx(sum(clip.tflop[s] for s in ("encode", "denoise", "decode")))
-    assert clip.peak == ("decode", clip.memory["decode"])
+    assert clip.peak == ("denoise", clip.memory["denoise"])
     assert clip.seconds is None and clip.notes == ()
 
 

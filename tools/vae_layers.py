@@ -14,6 +14,7 @@ from cosmos_fast.kernels.convolution import Tiles
 from torch import Tensor
 
 from cosmos_fast import convolution as library
+from cosmos_fast.vae_keys import WIDE_FRAMES
 
 CORNER = 24
 """Rows and columns of the result that are compared at its first and at its last corner."""
@@ -44,8 +45,9 @@ class Layer:
     def key(self) -> tuple[int, int, int]:
         """Of `convolution.FASTEST`: taps as they are multiplied, channels as the copy engine reads them, outputs."""
         taps = {"conv_half": 9, "conv_double": 4}.get(self.kind, self.taps[0] * self.taps[1] * self.taps[2])
-        if self.kind == "conv3d" and self.O <= 4:
-            return 2 * taps, self.C, 4 * self.O
+        if self.kind == "conv3d" and self.O <= 4 and self.F % 2 == 0:  # frames together
+            count = 2 if self.F % 4 else 4
+            return taps // 3 * (count + 2), self.C, count * self.O
         return taps, -(-self.C // 8) * 8, self.O
 
     @property
@@ -59,15 +61,20 @@ class Layer:
 
 def layers() -> list[Layer]:
     wide = (4, 704, 1280), (4, 352, 640), (2, 176, 320), (1, 88, 160)
+    pair = (
+        (WIDE_FRAMES, 704, 1280),
+        (WIDE_FRAMES, 352, 640),
+    )  # in which the decoder's last stage passes a window on
     point, time3 = (1, 1, 1), (3, 1, 1)
     return [
-        Layer("conv3d", 96, 96, *wide[0], 6, 4, residual=True),
+        Layer("conv3d", 96, 96, *wide[0], 0, 4, residual=True),
+        Layer("conv3d", 96, 96, *pair[0], 12, 0, residual=True),
         Layer("conv3d", 192, 192, *wide[1], 6, 3, residual=True),
         Layer("conv3d", 384, 384, *wide[2], 5, 3, residual=True),
         Layer("conv3d", 384, 384, *wide[3], 10, 8, residual=True),
-        Layer("conv_double", 192, 96, *wide[1], 1, 0),
+        Layer("conv_double", 192, 96, *pair[1], 2, 0),
         Layer("conv_double", 384, 192, 4, 176, 320, 1, 0),
-        Layer("conv3d", 96, 3, *wide[0], 1, 0),
+        Layer("conv3d", 96, 3, *pair[0], 2, 0),
         Layer("conv3d", 3, 96, *wide[0], 0, 1),
         Layer("conv_half", 96, 96, *wide[0], 0, 1),
         Layer("conv_half", 192, 192, *wide[1], 0, 1),
