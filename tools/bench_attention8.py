@@ -2,11 +2,15 @@
 
     python tools/bench_attention8.py --build                      # compile the rungs (no GPU needed), then stop
     python tools/bench_attention8.py --seconds 60 --out record.json
-    python tools/bench_attention8.py --only three,three_cluster --length 84480 --sustain 10
+    python tools/bench_attention8.py --only three,three_cluster --length 84480 --sustain 2
+    python tools/bench_attention8.py --sections sustained,errors,lengths,memory,sparse,activations --seconds 190
 
 A rung is csrc/attention8_rung.cu with the members of `Config` it changes, compiled alone into build/attention8/, so
 that a fault of one costs nothing but itself: the rungs run in a child process, and one that says nothing for
 --patience seconds is ended, recorded as hung, and the next child goes on behind it. One line per result.
+
+--sections: then the fastest dense rung that is right must show what tools/attention8_proof.py asks of it, and the fastest
+that takes lists of key tiles what it asks of that.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from typing import Any
 
 import torch
 from attention8_cases import DEVICE, WIDTH, Case, long_cases, lse_allowed, relative, tile_lists
+from attention8_proof import SECTIONS, Version, prove
 from attention8_rungs import ROOT, RUNGS, Args, Rung, build, caller, library
+from attention8_watch import Watch, timed
 
 sys.path.insert(0, str(ROOT / "bench"))
 from records import environment  # noqa: E402
@@ -82,52 +88,6 @@ def check_small(rung: Rung, call: Callable[[Args], None]) -> Iterator[dict[str, 
             if not (error < limit and lse_error < lse_limit and same_ends):
                 faults.append({"L": L, "S": S, "error": error, "lse": lse_error, "ends": same_ends})
         yield {"rung": rung.name, "check": kind, "ok": not faults, "worst": worst, "faults": faults[:4]}
-
-
-def timed(run: Callable[[], None], seconds: float) -> tuple[float, int]:
-    """Median milliseconds of single runs, and how many there were."""
-    run()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    while len(times) < 3 or time.monotonic() < end:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2], len(times)
-
-
-class Watch:
-    """SM clock and board power while something runs, from nvidia-smi."""
-
-    def __enter__(self) -> Watch:
-        query = [
-            "nvidia-smi",
-            "--query-gpu=clocks.sm,power.draw.instant",  # power.draw is a mean over a second
-            "--format=csv,noheader,nounits",
-            "-lms",
-            "100",
-        ]
-        try:
-            self.process = subprocess.Popen(
-                query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        except OSError:
-            self.process = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clock = self.power = None
-        if self.process is None:
-            return
-        self.process.terminate()
-        rows = [line.split(",") for line in (self.process.communicate()[0] or "").splitlines()]
-        pairs = sorted((float(a), float(b)) for a, b in (row for row in rows if len(row) == 2))
-        if pairs:
-            self.clock, self.power = pairs[len(pairs) // 2][0], sorted(p for _, p in pairs)[len(pairs) // 2]
 
 
 def check_long(
@@ -228,6 +188,7 @@ def peers(case: Case, seconds: float) -> Iterator[dict[str, Any]]:
 
 def child(names: list[str], options: argparse.Namespace) -> None:
     """Runs rungs in order; says which before it starts, so that the parent knows whom a silence belongs to."""
+    begun = time.monotonic()
     say = lambda record: print("@" + json.dumps(record), flush=True)  # noqa: E731
     say({"environment": environment(options.commit)})
     chosen = [rung for rung in RUNGS if rung.name in names]
@@ -249,10 +210,24 @@ def child(names: list[str], options: argparse.Namespace) -> None:
     say({"start": "operands"})
     torch.cuda.empty_cache()
     cases = long_cases(options.length)
+    rates = {}
     for rung, call in calls.values():
         say({"start": rung.name + " long"})
         for record in check_long(rung, call, cases, options.sustain):
             say(record)
+            if "tflops" in record and rung.probe == "None":
+                rates.setdefault(rung.name, record["tflops"])  # of sparse ones at half of the tiles
+    if options.sections:
+        del cases
+        torch.cuda.empty_cache()
+        say({"start": "sections"})
+        best = {}
+        for name in sorted(rates, key=lambda name: rates[name]):
+            best[calls[name][0].sparse] = Version(*calls[name])
+        left = options.left - (time.monotonic() - begun)
+        for record in prove(best[False], best.get(True), options, left) if False in best else ():
+            say(record)
+        return
     say({"start": "peers"})
     for record in peers(cases["random"], options.sustain):
         say(record)
@@ -266,6 +241,9 @@ def watch_child(
     command += ["--commit", options.commit] if options.commit else []
     command += ["--folder", str(options.folder), "--sustain", str(options.sustain)]
     command += ["--wrong-too"] if options.wrong_too else []
+    if options.sections:
+        command += ["--sections", options.sections, "--long", str(options.long)]
+        command += ["--left", str(end - time.monotonic() - 5)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -291,7 +269,7 @@ def watch_child(
             continue
         record = json.loads(line[1:])
         if "start" in record:
-            at = record["start"]
+            at, patience = record["start"], patience + record.get("patience", 0.0)
             continue
         records.append(record)
         if "environment" not in record:
@@ -299,6 +277,9 @@ def watch_child(
 
 
 def describe(record: dict[str, Any]) -> str:
+    if "section" in record:
+        shown = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
+        return f"{shown.pop('section')} {shown.pop('name')}: " + json.dumps(shown)
     name = record.get("rung") or record.get("peer")
     if "check" in record:
         verdict = "ok" if record["ok"] else f"WRONG {record['faults']}"
@@ -332,6 +313,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build/attention8")
     parser.add_argument("--out", type=Path, help="JSON record")
     parser.add_argument("--commit", help="of a copy without git, for the record")
+    parser.add_argument(
+        "--sections", default="", help=f"of {','.join(SECTIONS)}; in place of short runs of peers"
+    )
+    parser.add_argument("--long", type=float, default=10.0, help="seconds of each sustained run")
+    parser.add_argument("--left", type=float, default=1e9, help=argparse.SUPPRESS)
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -340,6 +326,8 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     asked = options.only.split(",") if options.only else [rung.name for rung in RUNGS if not rung.extra]
     unknown = set(asked) - {rung.name for rung in RUNGS}
+    if bad := set(filter(None, options.sections.split(","))) - set(SECTIONS):
+        parser.error(f"--sections: must be of {', '.join(SECTIONS)}, got {sorted(bad)}.")
     if unknown:
         parser.error(f"--only: must name rungs, got {sorted(unknown)}. There are {[r.name for r in RUNGS]}.")
     chosen = tuple(rung for rung in RUNGS if rung.name in asked)
@@ -351,7 +339,7 @@ def main() -> None:
     hung: list[str] = []
     while left and time.monotonic() < end:
         at = watch_child(left, options, records, end)
-        if at is None or at in ("torch", "operands", "peers"):
+        if at is None or at.removesuffix(" long") not in left:
             if at is not None:
                 print(f"ended at {at}", flush=True)
             break
@@ -360,7 +348,7 @@ def main() -> None:
         records.append({"rung": name, "fault": "silent or died, ended", "at": at})
         print(f"{name:20s} silent or died at {at!r}, ended", flush=True)
         left.remove(name)
-    rates = [r for r in records if "tflops" in r and r.get("share", 1.0) == 1.0]
+    rates = [r for r in records if "tflops" in r and "section" not in r and r.get("share", 1.0) == 1.0]
     for record in sorted(rates, key=lambda r: -r["tflops"]):
         print(describe(record))
     if options.out:
