@@ -202,7 +202,7 @@ def block(b: Bench) -> None:
 
     def ours() -> Tensor:
         keys, mod = ctx.prompt.blocks[index], ctx.tables.blocks[index]
-        y, pending = b.network.blocks[index](x, None, keys, mod, STEP, ctx)
+        y, pending = b.network.blocks[index](x.clone(), None, keys, mod, STEP, ctx)
         return ops.residual(y, pending, ctx.rows)[rows]
 
     found = {"ours_bf16": relative_l2(ours(), exact)}

@@ -1,6 +1,6 @@
 """Pack a trained model folder into the few-bit files that ship with the package.
 
-    python tools/pack_model.py SRC_FOLDER [cosmos_fast/data/tiny] [--bits-base 6] [--bits-distilled 4] ...
+    python tools/pack_model.py SRC_FOLDER [cosmos_fast/data/tiny] [--bits vis=8,base=6]
 
 SRC_FOLDER is laid out like the published files (tools/make_checkpoint.py): one network per control over one frozen
 base, distilled/general/edge, a VAE, text.safetensors, model.json. The base is stored once; a branch stores what is its
@@ -38,7 +38,11 @@ from cosmos_fast.text import TinyText  # noqa: E402
 GROUP = 64
 """Values that share a scale below 8 bits; with 8 bits every row has its own."""
 
-PARTS = ("base", *CONTROLS, "distilled", "vae", "text")
+BITS = {"base": 6, "edge": 6, "vis": 8, "depth": 6, "seg": 6, "distilled": 4, "vae": 8, "text": 8}
+"""Of every part that ships. The distilled network is stored as its difference to base and edge. A blur has the least
+room above a result without control, so its branch is stored as exactly as the VAE."""
+
+PARTS = tuple(BITS)
 CARD_KEYS = {"chunk_frames", "resolutions", "size", "defaults", "name", "licence"}
 NATIVE: dict[str, Any] = {"resolutions": ["256"], "size": [320, 192]}
 """Card entries of the embedded model where model.json does not give others."""
@@ -184,21 +188,27 @@ def check(
     return figures
 
 
+def parse_bits(text: str, parser: argparse.ArgumentParser) -> dict[str, int]:
+    """`vis=8,base=5`."""
+    bits = {}
+    for pair in filter(None, text.split(",")):
+        part, _, n = pair.partition("=")
+        if part not in BITS or not n.isdigit():
+            parser.error(f"--bits: must name parts among {', '.join(BITS)} with =N, got {pair}")
+        bits[part] = int(n)
+    return bits
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path, nargs="?", default=embedded.FOLDER)
-    parser.add_argument("--bits-base", type=int, default=6)
-    parser.add_argument("--bits-branches", type=int, default=6)
-    parser.add_argument("--bits-distilled", type=int, default=4, help="of the difference to base and edge")
-    parser.add_argument("--bits-vae", type=int, default=8)
-    parser.add_argument("--bits-text", type=int, default=8)
+    parser.add_argument("--bits", default="", help="PART=N,... where a part is not to have its default: "
+                        + ", ".join(f"{part} {n}" for part, n in BITS.items()))  # fmt: skip
     parser.add_argument("--most-mib", type=float, default=20.0)
     parser.add_argument("--report", type=Path, help="write sizes and errors as JSON")
     args = parser.parse_args(argv)
-    bits = dict.fromkeys(CONTROLS, args.bits_branches) | {
-        "base": args.bits_base, "distilled": args.bits_distilled, "vae": args.bits_vae, "text": args.bits_text,
-    }  # fmt: skip
+    bits = BITS | parse_bits(args.bits, parser)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     figures = pack_model(args.source, args.target, bits, int(args.most_mib * 2**20))
     for part, size in figures["files"].items():
