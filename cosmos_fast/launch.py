@@ -8,6 +8,7 @@ anew for the clips that are left. What concerns every clip, such as missing weig
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ COMMAND = (sys.executable, "-m", "cosmos_fast.cli")
 POLL_S = 0.1
 START_S = 120.0
 """Time for a process to import torch and report for work."""
+KILL_S = 10.0
+"""How long to wait for a killed process to be gone, with its memory."""
 MOST_LOSSES = 3
 """Groups in a row that may be lost without a clip done between, before the run ends."""
 
@@ -145,7 +148,7 @@ class Supervisor:
         }  # fmt: skip
         defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.layout.ranks))}
         if sys.platform == "linux":
-            defaults["GLOO_SOCKET_IFNAME"] = "lo"
+            defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         return {key: value for key, value in defaults.items() if key not in os.environ} | own
 
     def _kill(self, ranks: Sequence[int]) -> None:
@@ -153,7 +156,10 @@ class Supervisor:
             if (one := self.ranks.pop(rank, None)) is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(one.process.pid, signal.SIGKILL)  # with what it started: decoders, compilers
-                one.process.wait()
+                with contextlib.suppress(
+                    subprocess.TimeoutExpired
+                ):  # it may be in a call that a disk or driver holds
+                    one.process.wait(KILL_S)
 
     # --- losses ---
 
@@ -232,3 +238,11 @@ def _ending(rank: int, ranks: int, code: int) -> str:
 
 def _span(ranks: range) -> str:
     return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def die_with_parent(parent: int) -> None:
+    """End with the process that started this one, however that one ends (Linux; elsewhere its store's end tells)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

@@ -309,6 +309,8 @@ def join(
         torch.cuda.set_device(device)
         # An exchange that starts together with an attention must get its few SMs before that one fills them all.
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        # Multicast serves reductions, of which there are none here: its buffers cost memory and start-up.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         backend = "cpu:gloo,cuda:nccl"  # small values go by the host and never wait for the device
     dist.init_process_group(
         backend, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=timeout_s), store=store

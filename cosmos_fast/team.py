@@ -12,16 +12,12 @@ Ranks trust whoever reaches the store's port, like everything built on torch.dis
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +25,9 @@ from torch.distributed import PrefixStore, Store
 
 from .clip_plan import ClipPlan
 from .formats import ClipError, CosmosFastError
+from .launch import die_with_parent
 from .layout import Layout
+from .motion import Motion, place
 from .parallel import Ranks, join
 from .solo import Solo
 from .team_store import LEFT, Pulse, connect, put, take, text
@@ -42,10 +40,10 @@ PATIENCE_S = 5.0
 """How long a rank may take to come back from a clip that another gave up, or three of its steps if that is longer."""
 STALLED_S, STALLED_STEPS = 25.0, 8.0
 """A step is stuck after so many seconds and so many times the slowest one before it."""
-
-
+STILL_S = 25.0
+"""A rank hangs that does nothing at all for so long and waits for no other process: loading, in the VAE, writing."""
 COLLECTIVE_S = 600.0
-"""Where no step is under way a rank that hangs is only missed in the next exchange. Longest honest wait: loading an encoder."""
+"""Longest wait in an exchange while all others work. The longest honest one: for one rank to load an encoder."""
 
 
 class Elsewhere(CosmosFastError):
@@ -74,6 +72,8 @@ class Team(Solo):
         self.is_first = ranks.rank == 0
         self.is_supervised = store.check(["supervisor"])
         self.group = self.generation = 0
+        self.world = ""  # not in a layout yet
+        self._motion, self._waits = Motion(), False
         self._main = threading.main_thread().ident
         self._pulse = Pulse(store)
         self._closed = threading.Event()
@@ -86,7 +86,7 @@ class Team(Solo):
         self._is_stopping = False
         self._abandon: Callable[[str], None] | None = None
         if self.is_supervised:
-            _die_with_parent(int(store.get("supervisor")))
+            die_with_parent(int(store.get("supervisor")))
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
@@ -156,9 +156,10 @@ class Team(Solo):
         self.store.set(f"met/{what}/{self.group}", "1")
         groups = range(self.layout.groups)
         keys = [(f"met/{what}/{g}", f"ended/{g}") for g in groups]
-        while not all(self.store.check([met]) or self.store.check([ended]) for met, ended in keys):
-            check()
-            time.sleep(0.1)
+        with self._waiting():
+            while not all(self.store.check([met]) or self.store.check([ended]) for met, ended in keys):
+                check()
+                time.sleep(0.1)
 
     def close(self, exit_code: int) -> int:
         """Ends the followers' tasks; where nobody supervises, waits for the other groups, whom an early end would end."""
@@ -310,10 +311,20 @@ class Team(Solo):
     def _await(self, key: str) -> str:
         """The key, when it exists. Polls: a wait inside the store would keep the beating thread from it."""
         pause = 2e-4
-        while not self.store.check([key]):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.02)
+        with self._waiting():
+            while not self.store.check([key]):
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
         return key
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """For other ranks, which are watched where they run."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
 
     # --- the watching thread ---
 
@@ -328,7 +339,7 @@ class Team(Solo):
     def _beat(self) -> None:
         frame = sys._current_frames().get(self._main or 0)
         self._count += 1
-        self.store.set(f"beat/{self.ranks.rank}", f"{self._count} {_place(frame)}")
+        self.store.set(f"beat/{self.ranks.rank}", f"{self._count} {place(frame)}")
 
     def _look(self) -> None:
         if self.is_leader and not self._is_stopping and (number := text(self.store, "stop")):
@@ -336,6 +347,10 @@ class Team(Solo):
             os.kill(
                 os.getpid(), int(number)
             )  # its handler runs in the main thread, which stops between two steps
+        if self.world and (still_s := self._motion.still_s(self._waits)) > STILL_S:
+            self._lose(
+                f"rank {self.ranks.rank} ({self.ranks.size} in all) did nothing for {still_s:.0f} s (at {self._where()})"
+            )
         if self.layout.size == 1:
             return
         if reason := text(self.store, f"lost/{self.world}"):
@@ -356,7 +371,7 @@ class Team(Solo):
             self._lose(f"no step ended for {now - since:.0f} s: {self._places()}")
 
     def _where(self) -> str:
-        return _place(sys._current_frames().get(self._main or 0))
+        return place(sys._current_frames().get(self._main or 0))
 
     def _places(self) -> str:
         members = self.layout.members(self.group)
@@ -377,20 +392,3 @@ class Team(Solo):
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _place(frame: FrameType | None) -> str:
-    """Innermost frame, and the innermost one of this package: `tensor.py:12, network.py:130`."""
-    inner = own = frame
-    while own is not None and Path(own.f_code.co_filename).parent != Path(__file__).parent:
-        own = own.f_back
-    frames = dict.fromkeys(f for f in (inner, own) if f is not None)
-    return ", ".join(f"{Path(f.f_code.co_filename).name}:{f.f_lineno}" for f in frames) or "nowhere"
-
-
-def _die_with_parent(parent: int) -> None:
-    """End with the process that started this one, however that one ends (Linux; elsewhere its store's end tells)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)

@@ -41,7 +41,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     ),
     7: (
         "cli",
-        "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools cli_parallel solo team team_store launch",
+        "runner prompts report progress media_files cli_options cli_controls cli_guards cli_tools cli_parallel solo team team_store launch motion",
     ),
 }
 LAYER = {name: layer for layer, row in LAYERS.items() for names in row for name in names.split()}
