@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import ops, ops_attention8
+from . import ops, ops_attention8, ops_exchange
+from .formats import cuts
 from .ops_attention8 import Codes
 from .parallel import Exchange, Group, Shard
 
@@ -95,6 +96,17 @@ def fp8_attend(operands: Operands, out: torch.dtype) -> Tensor:
     return ops_attention8.attention_fp8(Codes(q, k, v, score_step[:1], v_step, v_mean), out)
 
 
+class Pack(Protocol):
+    def __call__(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int
+    ) -> list[Tensor]:
+        """What a producer of q, k and v of one dtype makes, as it travels: of each part (columns, Lr, 3, heads, K)."""
+
+
+PACKS: dict[Produce, Pack] = {exact_operands: ops_exchange.qkv_packed}
+"""Producers whose operands can be written straight where they are sent from, without a copy between."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Which heads for which queries each rank attends: rank p heads of column p % columns, queries of row p // columns.
@@ -145,24 +157,22 @@ class Exchanged:
         K, Lr = q_gain.shape[0], qkv.shape[0]
         grid = Grid(qkv.shape[1] // (3 * K), Shard(self.group, cos.shape[0]))
         here = grid.shard.split(cos), grid.shard.split(sin)
-        operands = self.produce(qkv, q_gain, k_gain, *here, self.group)
         per_column = grid.heads // grid.columns
         parts = cuts(per_column, self.parts)
+        pack = PACKS.get(self.produce) if grid.rows == 1 else None
         # All are sent before the first is awaited: what arrives later does so while the first is attended.
-        arriving = [_send(operands, part, grid) for part in parts]
+        if pack is not None:
+            packed = pack(qkv, q_gain, k_gain, *here, grid.columns, self.parts)
+            arriving = [_send_packed(part, grid) for part in packed]
+        else:
+            operands = self.produce(qkv, q_gain, k_gain, *here, self.group)
+            arriving = [_send(operands, part, grid) for part in parts]
         returning = [_send_back(self.attend(sent(), qkv.dtype), grid) for sent in arriving]
         out = qkv.new_empty(Lr, grid.columns, per_column, K)
         for part, exchange in zip(parts, returning, strict=True):
             own = exchange.wait().view(out.dtype).view(grid.columns, Lr, part.stop - part.start, K)
             out[:, :, part].copy_(own.transpose(0, 1))
         return out.view(Lr, -1)
-
-
-def cuts(heads: int, parts: int) -> list[slice]:
-    """`heads` heads in at most `parts` runs of nearly equal length, none empty."""
-    parts = min(parts, heads)
-    ends = [heads * (i + 1) // parts for i in range(parts)]
-    return [slice(start, stop) for start, stop in zip([0, *ends], ends)]
 
 
 @dataclass(frozen=True)
@@ -219,6 +229,19 @@ def _send(operands: Operands, part: slice, grid: Grid) -> Callable[[], Operands]
     def arrived() -> Operands:
         tensors = tuple(tensor for parcel in parcels for tensor in parcel.wait())
         return Operands(tensors[:number], tensors[number:], shared)
+
+    return arrived
+
+
+def _send_packed(packed: Tensor, grid: Grid) -> Callable[[], Operands]:
+    """Start the exchange of q, k and v of some heads (columns, Lr, 3, n, K), where every rank is a column."""
+    sizes, heads = grid.shard.sizes, packed.shape[2:]
+    rows = packed.view(-1, math.prod(heads)).view(torch.uint8)
+    exchange = grid.shard.group.all_to_all(rows, [packed.shape[1]] * len(sizes), sizes)
+
+    def arrived() -> Operands:
+        q, k, v = exchange.wait().view(packed.dtype).unflatten(1, heads).unbind(1)
+        return Operands((q,), (k, v))
 
     return arrived
 

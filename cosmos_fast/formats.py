@@ -86,6 +86,13 @@ def latent_frames(frames: int) -> int:
     return 1 + (frames - 1) // TEMPORAL
 
 
+def cuts(heads: int, parts: int) -> list[slice]:
+    """`heads` heads in at most `parts` runs of nearly equal length, none empty."""
+    parts = min(parts, heads)
+    ends = [heads * (i + 1) // parts for i in range(parts)]
+    return [slice(start, stop) for start, stop in zip([0, *ends], ends)]
+
+
 def aspect_of(width: int, height: int) -> str:
     """Name of the table aspect nearest to width/height (squared distance; ties take the first)."""
     if width < 1 or height < 1:

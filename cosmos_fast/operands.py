@@ -79,6 +79,13 @@ def check_qk(
                f"cos and sin must be ({qkv.shape[0]}, {K // 2}) float32", (tuple(table.shape), table.dtype))  # fmt: skip
 
 
+def check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, eps) -> None:  # type: ignore[no-untyped-def]
+    check_qk(qkv, q_gain, k_gain, cos, sin, eps, "qkv_packed")
+    heads = qkv.shape[1] // (3 * q_gain.shape[0])
+    _check(columns > 0 == heads % columns, "qkv_packed", f"columns must divide {heads} heads", columns)
+    _check(parts > 0, "qkv_packed", "parts must be 1 or more", parts)
+
+
 def check_gelu(x: Tensor) -> None:
     _check(x.is_contiguous(), "gelu", "x must be contiguous", x.stride())
 

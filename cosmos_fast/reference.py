@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import cuts
 from .schedule import StepCoefficients
 
 ATTENTION_ROWS = 1024
@@ -107,6 +108,16 @@ def qk_norm_rope(
 
     q, k, _ = qkv.chunk(3, dim=-1)
     return rotate(q, q_gain), rotate(k, k_gain)
+
+
+def qkv_packed(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int, eps: float
+) -> Tensor:  # fmt: skip
+    """q, k and v as they travel between ranks: for each part of a column's heads its (columns, L, 3, heads, K)."""
+    q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
+    x = torch.stack((q, k, qkv.chunk(3, -1)[2].view_as(q)), 1).unflatten(2, (columns, -1))
+    pieces = [x[:, :, :, cut].permute(2, 0, 1, 3, 4) for cut in cuts(x.shape[3], parts)]
+    return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos_fast import ops, testing
+from cosmos_fast import ops, ops_exchange, testing
 from cosmos_fast.ops import EPS
 
 testing.kernels_from_checkout()
@@ -81,3 +81,17 @@ def test_wrong_operands_are_named() -> None:
         ops.qk_norm_rope(torch.zeros(2, 96), gain, gain, torch.zeros(2, 16), torch.zeros(3, 16))
     with pytest.raises(RuntimeError, match="with K = 32"):
         ops.head_norm(torch.zeros(2, 48), gain)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("columns, parts", [(1, 1), (2, 1), (2, 2), (3, 2), (2, 3), (6, 4)])
+def test_what_travels_is_bit_for_bit_what_one_rank_makes(columns: int, parts: int) -> None:
+    qkv, gains, angle = torch.randn(5, 3 * 6 * 32).half(), torch.randn(2, 32).half(), torch.rand(5, 16) * 6
+    given = qkv, *gains, angle.cos(), angle.sin()
+    q, k = kernels().qk_norm_rope(*given, EPS)
+    packed = kernels().qkv_packed(*given, columns, parts, EPS)
+    found = ops_exchange.split(packed, q.shape, columns, parts)
+    assert len(found) == min(parts, 6 // columns)
+    for i, x in enumerate((q, k, qkv[:, 384:].view(5, 6, 32))):
+        heads = torch.cat([part[:, :, i] for part in found], dim=2)  # (columns, L, heads of a column, K)
+        assert torch.equal(heads.transpose(0, 1).flatten(1, 2), x)

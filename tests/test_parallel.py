@@ -25,13 +25,12 @@ from cosmos_fast.exchange import (
     Grid,
     Operands,
     Produce,
-    cuts,
     exact_attend,
     exact_operands,
     fp8_attend,
     fp8_operands,
 )
-from cosmos_fast.formats import CheckpointError, ClipError, EnvironmentProblem
+from cosmos_fast.formats import CheckpointError, ClipError, EnvironmentProblem, cuts
 from cosmos_fast.network import Network, Pair, Single
 from cosmos_fast.parallel import ALONE, Group, Halves, Mesh, Ranks, Shard
 from cosmos_fast.recipe import Plan
