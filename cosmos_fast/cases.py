@@ -8,46 +8,21 @@ F video frames. Groups: `production` shapes need a GPU; `small` ones run anywher
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops_attention8 as ops_attention8  # its ops too are in the table
-from . import ops_exchange as ops_exchange
 from . import ops_linear8 as ops_linear8
 from . import ops_vae as ops_vae
+from .cases_vae import CASES as VAE_CASES
+from .cases_vae import MAKERS as VAE_MAKERS
+from .drawn import Args as Args
+from .drawn import Case as Case
+from .drawn import Random as Random
 from .ops import EPS
 from .reference import packed
 from .schedule import base_schedule, unipc_coefficients
-
-Args = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table: sizes for the op's maker, and why the row is there."""
-
-    name: str
-    group: str
-    why: str
-    sizes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Random:
-    """Draws reproducible inputs on one device; floating-point ones in `dtype` unless told otherwise."""
-
-    device: torch.device
-    dtype: torch.dtype
-    generator: torch.Generator
-
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype or self.dtype)
-
-    def codes(self, *shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, generator=self.generator, device=self.device, dtype=torch.uint8)
 
 
 def _tables(r: Random, count: int, R: int, D: int) -> tuple[Tensor, ...]:
@@ -107,10 +82,6 @@ def _qk_norm_rope(r: Random, L: int, N: int, K: int) -> Args:
     return r.normal(L, 3 * N * K), r.normal(K), r.normal(K), angles.cos(), angles.sin(), EPS
 
 
-def _qkv_packed(r: Random, L: int, N: int, K: int, columns: int = 2, parts: int = 2) -> Args:
-    return *_qk_norm_rope(r, L, N, K)[:-1], columns, parts, EPS
-
-
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_mean, v_mean, v_step."""
     k_mean, v_mean = (r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2))
@@ -153,41 +124,9 @@ def _guided_unipc(r: Random, T: int, H: int, W: int, step: int = 5, alone: int =
     return x, r.normal(*shape), uncond, m1, m2, last, 3.0, coefficients
 
 
-def _conv3d(
-    r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1, t: int = 3, s: int = 3, stride: int = 1,
-    added: int = 0, last: int = 0,
-) -> Args:  # noqa: E741  # fmt: skip
-    """t x s x s taps; F, H and W of the result, without its stride. added: with a residual. last: channels last."""
-    x, weight = (
-        r.normal(B, C, F + t - 1, H + s - 1, W + s - 1),
-        r.normal(O, C, t, s, s) * (t * s * s * C) ** -0.5,
-    )
-    residual = r.normal(B, O, (F - 1) // stride + 1, H, W) if added else None
-    if last:
-        x, weight = (part.contiguous(memory_format=torch.channels_last_3d) for part in (x, weight))
-    return x, weight, r.normal(O), residual, stride
-
-
-def _conv2d(r: Random, C: int, O: int, F: int, H: int, W: int, B: int = 1, last: int = 0) -> Args:  # noqa: E741
-    x = r.normal(B, C, F, H, W)
-    x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
-    return x, r.normal(O, C, 3, 3) * (9 * C) ** -0.5, r.normal(O)
-
-
-def _norm_silu(r: Random, C: int, F: int, H: int, W: int, B: int = 1, alone: int = 0, last: int = 0) -> Args:
-    x, past, keep = (
-        r.normal(B, C, F, H, W),
-        r.normal(B, C, 2, H, W),
-        torch.zeros_like(r.normal(B, C, 2, H, W)),
-    )
-    if last:
-        x, past, keep = (part.contiguous(memory_format=torch.channels_last_3d) for part in (x, past, keep))
-    return x, r.normal(C, 1, 1, 1), *((None, None) if alone else (past, keep))
-
-
 MAKERS: dict[str, Callable[..., Args]] = {
     "adaln": _adaln, "residual": _residual, "residual_adaln": _residual_adaln, "head_norm": _head_norm,
-    "qk_norm_rope": _qk_norm_rope, "qkv_packed": _qkv_packed, "patchify": _patchify, "unpatchify": _unpatchify,
+    "qk_norm_rope": _qk_norm_rope, "patchify": _patchify, "unpatchify": _unpatchify,
     "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
     "linear_gelu": lambda r, L, D, M: (r.normal(L, D), r.normal(M, D) * (2 * D**-0.5)),
     "linear_head_norm": lambda r, L, D, N, K: (r.normal(L, D), r.normal(N * K, D) * D**-0.5, r.normal(K), EPS),
@@ -198,7 +137,7 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
     "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
     "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
-    "conv3d": _conv3d, "conv_half": _conv2d, "conv_double": _conv2d, "norm_silu": _norm_silu,
+    **VAE_MAKERS,
     "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
     "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
 }  # fmt: skip
@@ -249,7 +188,6 @@ _ODD_HEADS = Case("3 heads of 96", "odd", "nothing is a power of two", {"L": 5, 
 _ONE_HEAD = Case("published head", "small", "the published heads", {"L": 3, **_HEADS})
 _LATENT = {"T": 24, "H": 88, "W": 160}
 _PICTURE = {"F": 93, "H": 704, "W": 1280}
-_WIDE = {"C": 96, "F": 4, "H": 704, "W": 1280}
 
 CASES: dict[str, tuple[Case, ...]] = {
     "adaln": (*_row_cases(hints=False), _OUT32),
@@ -261,12 +199,6 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("720p packed", "production", "strided rows", {"L": _720P, **_HEADS, "packed": 2}),
     ]),
     "qk_norm_rope": _token_cases(_HEADS, _TINY, [_ODD_HEADS, _ONE_HEAD]),
-    "qkv_packed": _token_cases(_HEADS, _TINY, [
-        Case("3 of 6 heads", "odd", "parts of 1 and 2 heads, K no power of two", {"L": 5, "N": 6, "K": 96}),
-        Case("4 columns in 3 parts", "odd", "parts of 1, 1 and 2 heads", {"L": 3, "N": 16, "K": 32, "columns": 4, "parts": 3}),
-        Case("one column, one part", "odd", "heads stay together", {"L": 2, "N": 3, "K": 64, "columns": 1, "parts": 1}),
-        Case("more parts than heads", "odd", "one head each", {"L": 3, "N": 4, "K": 64, "columns": 2, "parts": 5}),
-    ]),
     "gelu": _token_cases({"M": 8192}, {"M": 256}, [
         Case("tail", "odd", "last block partly full", {"L": 37, "M": 129}),
         Case("beyond 31 bits", "production", "more than 2**31 elements", {"L": 263_000, "M": 8192}),
@@ -328,39 +260,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("one token", "odd", "an image of one token", {"C": 1, "T": 1, "H": 2, "W": 2}),
         Case("empty", "empty", "no frame", {"C": 4, "T": 0, "H": 4, "W": 4}),
     ),
-    "conv3d": (
-        Case("720p", "production", "a frame of the widest stage", {**_WIDE, "F": 1, "O": 96, "last": 1, "added": 1}),
-        Case("720p half", "production", "the stage before it", {"C": 192, "O": 192, "F": 2, "H": 352, "W": 640, "last": 1, "added": 1}),
-        Case("720p out", "production", "to pixels", {**_WIDE, "O": 3, "last": 1}),
-        Case("small", "small", "a short window, as a block calls it", {"C": 16, "O": 24, "F": 2, "H": 3, "W": 5, "added": 1, "last": 1}),
-        Case("to pixels", "small", "four frames to 3 channels", {"C": 16, "O": 3, "F": 4, "H": 2, "W": 4, "last": 1}),
-        Case("to pixels, two", "small", "two frames to 3 channels", {"C": 16, "O": 3, "F": 2, "H": 2, "W": 4, "last": 1}),
-        Case("time", "small", "3x1x1", {"C": 16, "O": 32, "F": 2, "H": 2, "W": 4, "s": 1}),
-        Case("time stride", "odd", "3x1x1, every other frame", {"C": 8, "O": 8, "F": 3, "H": 2, "W": 3, "s": 1, "stride": 2, "B": 2}),
-        Case("point", "odd", "1x1x1, channels no power of two", {"C": 24, "O": 40, "F": 2, "H": 2, "W": 3, "s": 1, "t": 1}),
-        Case("one frame", "odd", "frame 0 alone, one pixel, channels the copy engine cannot read", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1}),
-        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
-    ),
-    "conv_half": (
-        Case("720p", "production", "the encoder's widest stage", {**_WIDE, "F": 1, "O": 96, "last": 1}),
-        Case("small", "small", "two frames", {"C": 16, "O": 16, "F": 2, "H": 4, "W": 6, "last": 1}),
-        Case("odd", "odd", "the result has odd sides; two clips, channels first", {"C": 3, "O": 5, "F": 1, "H": 7, "W": 2, "B": 2}),
-        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
-    ),
-    "conv_double": (
-        Case("720p", "production", "to the decoder's widest stage", {"C": 192, "O": 96, "F": 1, "H": 352, "W": 640, "last": 1}),
-        Case("small", "small", "two frames", {"C": 16, "O": 8, "F": 2, "H": 3, "W": 4, "last": 1}),
-        Case("one pixel", "odd", "two clips, channels first", {"C": 3, "O": 5, "F": 1, "H": 1, "W": 1, "B": 2}),
-        Case("empty", "empty", "no clip", {"C": 4, "O": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
-    ),
-    "norm_silu": (
-        Case("720p", "production", "four frames of the widest stage", {**_WIDE, "last": 1}),
-        Case("small", "small", "a window of two", {"C": 96, "F": 2, "H": 3, "W": 5, "last": 1}),
-        Case("one frame", "small", "the history moves by one", {"C": 16, "F": 1, "H": 2, "W": 3, "last": 1}),
-        Case("alone", "odd", "no history, five channels, two clips", {"C": 5, "F": 3, "H": 1, "W": 1, "B": 2, "alone": 1}),
-        Case("rows", "odd", "channels first", {"C": 12, "F": 3, "H": 3, "W": 2}),
-        Case("empty", "empty", "no clip", {"C": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
-    ),
+    **VAE_CASES,
     "guided_unipc": (
         Case("720p", "production", "93 frames of 1280x704, guidance", _LATENT),
         Case("first", "small", "nothing to correct", {"T": 1, "H": 6, "W": 7, "step": 0}),

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def frames_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised (B, C, F, H, W) tensor in the layout of x."""
+def frames_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (B, C, F, H, W) tensor in the layout of x, and in its dtype unless another is given."""
     last = x.stride(1) == 1
     layout = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
 
 
 def _exact(x: Tensor) -> AbstractContextManager[object]:

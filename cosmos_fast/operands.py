@@ -301,3 +301,36 @@ def check_norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, keep: Tensor 
     for frames in (past, keep):
         _check(frames is None or (frames.shape == shape and frames.dtype == x.dtype), "norm_silu",
                f"past and keep must be {shape} {x.dtype}", None if frames is None else (tuple(frames.shape), frames.dtype))  # fmt: skip
+
+
+def check_norm_silu_fp8(
+    x: Tensor, gamma: Tensor, step: float, past: Tensor | None, keep: Tensor | None
+) -> None:
+    check_norm_silu(x, gamma, None, None)
+    _check(0 < step < float("inf"), "norm_silu_fp8", "step must be positive and finite", step)
+    shape = (*x.shape[:2], 2, *x.shape[3:])
+    for frames in (past, keep):
+        _check(frames is None or (frames.shape == shape and frames.dtype == torch.float8_e4m3fn), "norm_silu_fp8",
+               f"past and keep must be {shape} float8_e4m3fn", None if frames is None else (tuple(frames.shape), frames.dtype))  # fmt: skip
+
+
+def check_conv3d_fp8(
+    x: Tensor, weight: Tensor, steps: Tensor, bias: Tensor, residual: Tensor | None, out: torch.dtype
+) -> None:
+    fits = (
+        x.dim() == weight.dim() == 5
+        and weight.shape[1] == x.shape[1]
+        and x.dtype == weight.dtype == torch.float8_e4m3fn
+    )
+    _check(fits, "conv3d_fp8", "x must be (B, C, F, H, W) and weight (O, C, t, r, s), of float8_e4m3fn",
+           [(tuple(t.shape), t.dtype) for t in (x, weight)])  # fmt: skip
+    sides = [size - taps + 1 for size, taps in zip(x.shape[2:], weight.shape[2:])]
+    _check(min(sides) > 0, "conv3d_fp8", "x must have as many frames, rows and columns as the weight has taps",
+           (tuple(x.shape), tuple(weight.shape)))  # fmt: skip
+    O = weight.shape[:1]  # noqa: E741
+    fits = steps.shape == bias.shape == O and steps.dtype == torch.float32 and bias.dtype == out
+    _check(fits, "conv3d_fp8", f"steps must be {tuple(O)} float32 and bias {tuple(O)} {out}",
+           [(tuple(t.shape), t.dtype) for t in (steps, bias)])  # fmt: skip
+    shape = (x.shape[0], *O, *sides)
+    _check(residual is None or (residual.shape == shape and residual.dtype == out), "conv3d_fp8",
+           f"residual must be {shape} {out}", None if residual is None else (tuple(residual.shape), residual.dtype))  # fmt: skip

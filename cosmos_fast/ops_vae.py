@@ -8,11 +8,12 @@ from torch import Tensor
 from . import convolution, operands
 from .dispatch import Candidate, define, triton
 from .ops import HALF, HOPPER
+from .ops_linear8 import ADA_UP, E4M3
 
 
-def _frames(x: Tensor, O: int, F: int, H: int, W: int) -> Tensor:  # noqa: E741
+def _frames(x: Tensor, O: int, F: int, H: int, W: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: E741
     """(B, O, F, H, W) in the layout of x."""
-    return convolution.frames_like(x, (x.shape[0], O, F, H, W))
+    return convolution.frames_like(x, (x.shape[0], O, F, H, W), dtype)
 
 
 def _valid(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, time_stride: int) -> Tensor:
@@ -52,6 +53,20 @@ _norm_silu = define(
 )
 
 
+_conv3d_fp8 = define(
+    "conv3d_fp8(Tensor x, Tensor weight, Tensor steps, Tensor bias, Tensor? residual, ScalarType out) -> Tensor",
+    operands.check_conv3d_fp8,
+    lambda x, weight, steps, bias, residual, out: _valid(x, weight, bias, residual, 1).to(out),
+    triton("convolution", "conv3d_fp8", E4M3, HOPPER),
+)
+_norm_silu_fp8 = define(
+    "norm_silu_fp8(Tensor x, Tensor gamma, float step, Tensor? past, Tensor(a!)? keep) -> Tensor",
+    operands.check_norm_silu_fp8,
+    lambda x, *rest: _frames(x, x.shape[1], *(size + 2 for size in x.shape[2:]), torch.float8_e4m3fn),
+    triton("norm_silu", "norm_silu_fp8", capability=ADA_UP),
+)
+
+
 def conv3d(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, time_stride: int = 1
 ) -> Tensor:
@@ -79,3 +94,20 @@ def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None = None, keep: Tensor
     may be `past` itself, gets the last two frames without their border.
     """
     return _norm_silu(x, gamma, past, keep)
+
+
+def conv3d_fp8(
+    x: Tensor, weight: Tensor, steps: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """`conv3d` of e4m3 codes x and weight, stride 1: sums of output channel o are worth steps[o] each, (O,) fp32.
+
+    bias and residual, and the result, are in the dtype that the codes stand for. A GPU sums in some 14 bits.
+    """
+    return _conv3d_fp8(x, weight, steps, bias, residual, bias.dtype)
+
+
+def norm_silu_fp8(
+    x: Tensor, gamma: Tensor, step: float, past: Tensor | None = None, keep: Tensor | None = None
+) -> Tensor:
+    """`norm_silu` as e4m3 codes worth `step` each, past and keep too. Values beyond 448 steps become 448 steps."""
+    return _norm_silu_fp8(x, gamma, step, past, keep)

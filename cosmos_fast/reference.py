@@ -14,6 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import cuts
+from .reference_vae import conv3d as conv3d
+from .reference_vae import conv3d_fp8 as conv3d_fp8
+from .reference_vae import conv_double as conv_double
+from .reference_vae import conv_half as conv_half
+from .reference_vae import norm_silu as norm_silu
+from .reference_vae import norm_silu_fp8 as norm_silu_fp8
 from .schedule import StepCoefficients
 
 ATTENTION_ROWS = 1024
@@ -357,41 +363,3 @@ def normalized(frames: Tensor, out: torch.dtype) -> Tensor:
     # A tensor divisor: torch turns a Python number on CUDA into a product with its rounded reciprocal.
     half = torch.full((), 127.5, dtype=out, device=frames.device)
     return frames.to(out).div(half).sub(1)
-
-
-def _as_laid_out(x: Tensor, y: Tensor) -> Tensor:
-    """y in the layout of x: torch's convs keep it or not, depending on the size."""
-    last = x.stride(1) == 1
-    return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, time_stride: int) -> Tensor:
-    """Convolution without padding, strides in time only, then + residual: (B, C, F, H, W) -> (B, O, F', H', W')."""
-    y = F.conv3d(x, weight, bias, stride=(time_stride, 1, 1))
-    return _as_laid_out(x, y if residual is None else y + residual)
-
-
-def conv_half(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3x3, stride 2, on every frame with one zero column on the right and one zero row at the bottom."""
-    return _as_laid_out(x, F.conv3d(F.pad(x, (0, 1, 0, 1)), weight[:, :, None], bias, stride=(1, 2, 2)))
-
-
-def conv_double(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Nearest neighbour x2 of every frame, then 3x3 with zero padding."""
-    big = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
-    return _as_laid_out(x, F.conv3d(big, weight[:, :, None], bias, padding=(0, 1, 1)))
-
-
-def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, keep: Tensor | None) -> Tensor:
-    """Past (zeros if None), then silu(x / max(|x|, 1e-12) * sqrt(C) * gamma), a zero border around each frame.
-
-    |x| is the L2 norm over channels. `keep` gets the last two frames, without borders.
-    """
-    y = x.float()
-    y = y / y.norm(dim=1, keepdim=True).clamp_min(1e-12) * x.shape[1] ** 0.5 * gamma.float().view(-1, 1, 1, 1)
-    frames = [F.silu(y).to(x.dtype)]
-    frames.insert(0, torch.zeros_like(x[:, :, :1]).repeat(1, 1, 2, 1, 1) if past is None else past)
-    full = torch.cat(frames, dim=2)
-    if keep is not None:
-        keep.copy_(full[:, :, -2:])
-    return F.pad(full, (1, 1, 1, 1))

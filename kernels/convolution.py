@@ -25,73 +25,18 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from cosmos_fast.kernels.conv_tiles import Tiles, tiles_for
 from cosmos_fast.kernels.launch import on_device_of
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """One program's tile: m pixels, low + high output channels (two accumulators), k input channels a step.
-
-    parts: pieces in which the channels of `low` are rounded and stored. fold: taps of a row in one step (`conv3d`).
-    programs: of one multiprocessor, each with tiles of its own in turn.
-    """
-
-    m: int
-    low: int
-    high: int
-    k: int
-    warps: int
-    stages: int
-    parts: int = 2
-    fold: bool = True
-    flatten: bool = True
-    programs: int = 1
-
-
-FASTEST: dict[tuple[int, int, int], Tiles] = {
-    (27, 96, 96): Tiles(256, 128, 0, 32, 8, 7, parts=4),
-    (27, 192, 192): Tiles(256, 128, 64, 64, 8, 3, parts=4, flatten=False),
-    (27, 384, 384): Tiles(256, 128, 64, 64, 8, 3, parts=4, flatten=False),
-    (4, 192, 96): Tiles(256, 128, 0, 64, 8, 4, parts=4),
-    (4, 384, 192): Tiles(128, 128, 64, 64, 8, 4),
-    (54, 96, 12): Tiles(256, 16, 0, 32, 8, 7, parts=1),
-    (36, 96, 6): Tiles(256, 16, 0, 32, 8, 7, parts=1),
-    (27, 8, 96): Tiles(256, 128, 0, 32, 8, 4, parts=4),
-    (9, 96, 96): Tiles(256, 128, 0, 32, 8, 7, parts=4),
-    (9, 192, 192): Tiles(128, 128, 64, 64, 8, 4),
-    (27, 96, 192): Tiles(256, 128, 64, 64, 8, 3, parts=4, flatten=False),
-    (27, 192, 384): Tiles(256, 128, 0, 64, 8, 4, parts=4),
-    (1, 96, 192): Tiles(128, 128, 64, 64, 8, 4),
-    (1, 192, 384): Tiles(256, 128, 0, 64, 8, 4, parts=4),
-    (3, 384, 768): Tiles(128, 128, 0, 64, 4, 3, parts=4, programs=2),
-    (9, 384, 384): Tiles(256, 128, 0, 64, 8, 4, parts=4),
-    (3, 192, 192): Tiles(256, 64, 32, 64, 8, 4),
-}
-"""(taps, C, O) -> the fastest tile of the sweep recorded as vae-conv.json in bench/results/; the rules of `tiles_for` decide elsewhere."""
-
-
-def tiles_for(taps: int, C: int, O: int, dtype: torch.dtype) -> Tiles:  # noqa: E741
-    """The tile for a product of `taps` taps from C to O channels."""
-    if dtype == torch.float32:  # no tensor cores: for checks, not for speed
-        return Tiles(32, 32, 0, 16, 4, 2, parts=1)
-    if found := FASTEST.get((taps, C, O)):
-        return found
-    k = 64 if C > 32 else max(triton.next_power_of_2(C), 16)
-    if O <= 32:
-        return Tiles(256, 16 if O <= 16 else 32, 0, k, 8, 4, parts=1)
-    if O % 192 == 0:
-        return Tiles(256, 128, 64, k, 8, 3, parts=4)
-    return Tiles(256, 128, 0, k, 8, 4, parts=4)
-
-
 @triton.jit
 def _finish(
-    acc, bias, residual, out, from_residual, to, keep, column, O, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
-    BEYOND: tl.constexpr,
+    acc, steps, bias, residual, out, from_residual, to, keep, column, O, CODES: tl.constexpr, RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr, BEYOND: tl.constexpr,
 ):  # fmt: skip
-    """Add bias and residual in fp32, round, store: piece by piece, so that few registers are needed at a time.
+    """Scale sums of codes, add bias and residual in fp32, round, store: piece by piece, so that few registers are needed.
 
     BEYOND: of the channels, so many at the end do not exist; known while compiling, because a branch here would keep
     the loop around it from being flattened.
@@ -99,7 +44,8 @@ def _finish(
     if PARTS == 1:
         n = column + tl.arange(0, acc.shape[1])
         inside = keep[:, None] & (n < O)[None, :]
-        value = acc + tl.load(bias + n, n < O, 0.0).to(tl.float32)[None, :]
+        value = acc * tl.load(steps + n, n < O, 0.0)[None, :] if CODES else acc
+        value += tl.load(bias + n, n < O, 0.0).to(tl.float32)[None, :]
         if RESIDUAL:
             value += tl.load(residual + from_residual[:, None] + n[None, :], inside, 0.0).to(tl.float32)
         tl.store(out + to[:, None] + n[None, :], value.to(out.dtype.element_ty), inside)
@@ -108,29 +54,21 @@ def _finish(
         HALF: tl.constexpr = acc.shape[1] // 2
         low, high = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
         LEFT: tl.constexpr = BEYOND - HALF if BEYOND > HALF else 0
-        _finish(low, bias, residual, out, from_residual, to, keep, column, O, RESIDUAL, PARTS // 2, LEFT)
+        _finish(
+            low, steps, bias, residual, out, from_residual, to, keep, column, O, CODES, RESIDUAL, PARTS // 2, LEFT
+        )  # fmt: skip
         if BEYOND < HALF:
             _finish(
-                high,
-                bias,
-                residual,
-                out,
-                from_residual,
-                to,
-                keep,
-                column + HALF,
-                O,
-                RESIDUAL,
-                PARTS // 2,
-                BEYOND,
-            )
+                high, steps, bias, residual, out, from_residual, to, keep, column + HALF, O, CODES, RESIDUAL,
+                PARTS // 2, BEYOND,
+            )  # fmt: skip
 
 
 # Not compiled anew for a single frame, or for sides that 16 divides: nothing here is faster for knowing it.
 @triton.jit(do_not_specialize=["frames", "lines", "line", "pitch", "H", "W"])
 def _conv_kernel(
-    x, w_low, w_high, bias, residual, out, frames, lines, line, pitch, H, W, O, residual_f, residual_h, residual_w,
-    out_f, out_h, out_w, C: tl.constexpr, TIME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, w_low, w_high, steps, bias, residual, out, frames, lines, line, pitch, H, W, O, residual_f, residual_h, residual_w,
+    out_f, out_h, out_w, C: tl.constexpr, CODES: tl.constexpr, TIME: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TIME_STRIDE: tl.constexpr, STRIDE: tl.constexpr, PHASES: tl.constexpr, FLAT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     BEYOND: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -179,9 +117,26 @@ def _conv_kernel(
             h, w = 2 * h + phase // 2, 2 * w + phase % 2
         to = frame.to(tl.int64) * out_f + h.to(tl.int64) * out_h + w * out_w
         from_residual = frame.to(tl.int64) * residual_f + h.to(tl.int64) * residual_h + w * residual_w
-        _finish(low, bias, residual, out, from_residual, to, keep, column, O, RESIDUAL, PARTS, BEYOND)
+        _finish(
+            low,
+            steps,
+            bias,
+            residual,
+            out,
+            from_residual,
+            to,
+            keep,
+            column,
+            O,
+            CODES,
+            RESIDUAL,
+            PARTS,
+            BEYOND,
+        )
         if HIGH > 0:
-            _finish(high, bias, residual, out, from_residual, to, keep, column + LOW, O, RESIDUAL, 1, 0)
+            _finish(
+                high, steps, bias, residual, out, from_residual, to, keep, column + LOW, O, CODES, RESIDUAL, 1, 0
+            )  # fmt: skip
 
 
 @triton.jit
@@ -235,9 +190,9 @@ def _channels(x: Tensor) -> int:
     return -(-x.shape[1] // unit) * unit
 
 
-def _frames(x: Tensor, O: int, F: int, H: int, W: int) -> Tensor:  # noqa: E741
+def _frames(x: Tensor, O: int, F: int, H: int, W: int, kind: torch.dtype | None = None) -> Tensor:  # noqa: E741
     """An uninitialised (B, O, F, H, W), channels last."""
-    return x.new_empty(x.shape[0], F, H, W, O).permute(0, 4, 1, 2, 3)
+    return x.new_empty(x.shape[0], F, H, W, O, dtype=kind or x.dtype).permute(0, 4, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -264,6 +219,7 @@ def _launch(
     out: Tensor,
     size: tuple[int, int],
     t: Tiles,
+    steps: Tensor | None = None,
 ) -> None:
     """One clip: x (F, H, W, C), w (PHASES * O, taps * C), out and residual (F', H', W', O); `size` pixels to compute."""
     O = bias.shape[0]  # noqa: E741
@@ -276,8 +232,8 @@ def _launch(
         _conv_kernel[(min(count, most),)](
             TensorDescriptor(x, list(job.view[0]), list(job.view[1]), [1, 1, 1, t.m, t.k]),
             TensorDescriptor.from_tensor(w, [t.low, t.k]), TensorDescriptor.from_tensor(w, [t.high or 16, t.k]),
-            bias, other, out, frames, job.lines, job.line, job.pitch, *size, O, *other.stride()[:3], *out.stride()[:3],
-            C=job.depth, TIME=time, ROWS=rows, COLUMNS=columns, TIME_STRIDE=job.time_stride, STRIDE=job.stride,
+            bias if steps is None else steps, bias, other, out, frames, job.lines, job.line, job.pitch, *size, O, *other.stride()[:3], *out.stride()[:3],
+            C=job.depth, CODES=steps is not None, TIME=time, ROWS=rows, COLUMNS=columns, TIME_STRIDE=job.time_stride, STRIDE=job.stride,
             PHASES=job.phases, FLAT=job.stride == job.phases == 1, RESIDUAL=residual is not None, BLOCK_M=t.m, LOW=t.low,
             HIGH=t.high, BLOCK_K=t.k, PARTS=t.parts, BEYOND=max(t.low - O, 0), FLATTEN=t.flatten,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=t.warps, num_stages=t.stages,
@@ -291,9 +247,25 @@ def conv3d(
     O, _, time, rows, columns = weight.shape  # noqa: E741
     if O <= 4 and time == 3 and time_stride == 1 and x.shape[2] % 2 == 0 and residual is None:
         return _together(x, weight, bias, 4 if x.shape[2] % 4 == 2 else 2, tiles)
+    return _valid(x, weight, None, bias, residual, time_stride, x.dtype, tiles)
+
+
+def conv3d_fp8(
+    x: Tensor, weight: Tensor, steps: Tensor, bias: Tensor, residual: Tensor | None, out: torch.dtype, *,
+    tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """`conv3d` of e4m3 codes; steps (O,) fp32: what one of each output channel's sums is worth. Sums of some 14 bits."""
+    return _valid(x, weight, steps, bias, residual, 1, out, tiles)
+
+
+def _valid(
+    x: Tensor, weight: Tensor, steps: Tensor | None, bias: Tensor, residual: Tensor | None, time_stride: int,
+    kind: torch.dtype, tiles: Tiles | None,
+) -> Tensor:  # fmt: skip
+    O, _, time, rows, columns = weight.shape  # noqa: E741
     (B, _, F, H, W), C = x.shape, _channels(x)
     frames, height, width = (F - time) // time_stride + 1, H - rows + 1, W - columns + 1
-    out = _frames(x, O, frames, height, width)
+    out = _frames(x, O, frames, height, width, kind)
     if out.numel() == 0:
         return out
     t = tiles or tiles_for(time * rows * columns, C, O, x.dtype)
@@ -311,7 +283,7 @@ def conv3d(
         view = (F, 1, 1, H * W - fold + 1, fold * C), (step, step, step, pixel, 1)
         job = _Job(view, 1, height * W, fold * C, (time, rows, columns // fold), W, time_stride)
         added = None if residual is None else residual[clip]
-        _launch(job, clips[clip], w, bias, added, out[clip].permute(1, 2, 3, 0), (height, width), t)
+        _launch(job, clips[clip], w, bias, added, out[clip].permute(1, 2, 3, 0), (height, width), t, steps)
     return out
 
 

@@ -24,7 +24,7 @@ LAYERS: dict[int, tuple[str, str]] = {
         "formats config schedule stages inputs guards rules jsonc control_spec sidecar video_sniff video_decode "
         "video_probe video_write disk_cache segments network_keys vae_keys vae_rows worker checkpoint_file safe_pickle safetensors_file torch_file weight_file fp8_weights lowbit embedded resample vision_tower",
     ),
-    1: ("attention attention8 convolution kernels", "reference _native"),
+    1: ("attention attention8 convolution kernels", "reference reference_vae _native"),
     2: ("ops", "dispatch operands"),
     3: (
         "quant parallel",
@@ -51,6 +51,8 @@ FREE = {
     "__main__",
     "testing",
     "cases",
+    "cases_vae",
+    "drawn",
 }  # lazy front door, entry point, and the tables of tests and bench
 
 MAX_LINES, MAX_LINES_VAE = 400, 450

@@ -37,7 +37,7 @@ testing.kernels_from_checkout()
 
 from cosmos_fast.kernels import convolution as conv  # noqa: E402
 from cosmos_fast.kernels import norm_silu as norm  # noqa: E402
-from cosmos_fast.kernels.convolution import Tiles  # noqa: E402
+from cosmos_fast.kernels.conv_tiles import FASTEST, Tiles  # noqa: E402
 from cosmos_fast.kernels.launch import Config  # noqa: E402
 from records import environment  # noqa: E402
 from vae_layers import CORNER, Layer, call, choices, compiled, fastest, layers, operands, relative, told  # noqa: E402
@@ -252,7 +252,7 @@ def passes(run: Run, table: dict[tuple[int, int, int], Tiles]) -> None:
         ("decode, window 1, libraries", decode, 1, 4, old), ("encode, window 4, libraries", encode, 4, 4, old),
     ]  # fmt: skip
     print(*(f"  FASTEST[{key}] = {tiles}" for key, tiles in table.items()), sep="\n", flush=True)
-    conv.FASTEST.update(table)
+    FASTEST.update(table)
     for name, go, window, frames, forced in plans:
         if run.late(6):
             print(f"out of time: {name}", flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from cosmos_fast.kernels import convolution as conv
-from cosmos_fast.kernels.convolution import Tiles
+from cosmos_fast.kernels.conv_tiles import Tiles, tiles_for
 from torch import Tensor
 
 from cosmos_fast import convolution as library
@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Of `convolution.FASTEST`: taps as they are multiplied, channels as the copy engine reads them, outputs."""
+        """Of `conv_tiles.FASTEST`: taps as they are multiplied, channels as the copy engine reads them, outputs."""
         taps = {"conv_half": 9, "conv_double": 4}.get(self.kind, self.taps[0] * self.taps[1] * self.taps[2])
         if self.kind == "conv3d" and self.O <= 4 and self.F % 2 == 0:  # frames together
             count = 2 if self.F % 4 else 4
@@ -137,7 +137,7 @@ def choices(layer: Layer) -> list[Tiles]:
 
 def tiles_of(layer: Layer) -> Tiles:
     """The tile that the op takes for a conv in bf16."""
-    return conv.tiles_for(*layer.key, torch.bfloat16)
+    return tiles_for(*layer.key, torch.bfloat16)
 
 
 def told(t: Tiles) -> str:
@@ -209,7 +209,7 @@ def call(layer: Layer, args: tuple[Any, ...], tiles: Tiles) -> Tensor:
 
 
 def fastest(found: list[Layer], best: dict[str, dict[str, float]]) -> dict[tuple[int, int, int], Tiles]:
-    """Per key of `convolution.FASTEST` the tile with the least time over the layers that share it."""
+    """Per key of `conv_tiles.FASTEST` the tile with the least time over the layers that share it."""
     table: dict[tuple[int, int, int], Tiles] = {}
     for key in dict.fromkeys(layer.key for layer in found):
         sums: dict[Tiles, float] = {}
