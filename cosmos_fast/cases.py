@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops_attention8 as ops_attention8  # its ops too are in the table
+from . import ops_exchange as ops_exchange
 from . import ops_linear8 as ops_linear8
 from . import ops_vae as ops_vae
 from .cases_vae import CASES as VAE_CASES
@@ -82,6 +83,10 @@ def _qk_norm_rope(r: Random, L: int, N: int, K: int) -> Args:
     return r.normal(L, 3 * N * K), r.normal(K), r.normal(K), angles.cos(), angles.sin(), EPS
 
 
+def _qkv_packed(r: Random, L: int, N: int, K: int, columns: int = 2, parts: int = 2) -> Args:
+    return *_qk_norm_rope(r, L, N, K)[:-1], columns, parts, EPS
+
+
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_mean, v_mean, v_step."""
     k_mean, v_mean = (r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2))
@@ -126,7 +131,7 @@ def _guided_unipc(r: Random, T: int, H: int, W: int, step: int = 5, alone: int =
 
 MAKERS: dict[str, Callable[..., Args]] = {
     "adaln": _adaln, "residual": _residual, "residual_adaln": _residual_adaln, "head_norm": _head_norm,
-    "qk_norm_rope": _qk_norm_rope, "patchify": _patchify, "unpatchify": _unpatchify,
+    "qk_norm_rope": _qk_norm_rope, "qkv_packed": _qkv_packed, "patchify": _patchify, "unpatchify": _unpatchify,
     "gelu": lambda r, L, M: (r.normal(L, M) * 2,),
     "linear_gelu": lambda r, L, D, M: (r.normal(L, D), r.normal(M, D) * (2 * D**-0.5)),
     "linear_head_norm": lambda r, L, D, N, K: (r.normal(L, D), r.normal(N * K, D) * D**-0.5, r.normal(K), EPS),
@@ -199,6 +204,12 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("720p packed", "production", "strided rows", {"L": _720P, **_HEADS, "packed": 2}),
     ]),
     "qk_norm_rope": _token_cases(_HEADS, _TINY, [_ODD_HEADS, _ONE_HEAD]),
+    "qkv_packed": _token_cases(_HEADS, _TINY, [
+        Case("3 of 6 heads", "odd", "parts of 1 and 2 heads, K no power of two", {"L": 5, "N": 6, "K": 96}),
+        Case("4 columns in 3 parts", "odd", "parts of 1, 1 and 2 heads", {"L": 3, "N": 16, "K": 32, "columns": 4, "parts": 3}),
+        Case("one column, one part", "odd", "heads stay together", {"L": 2, "N": 3, "K": 64, "columns": 1, "parts": 1}),
+        Case("more parts than heads", "odd", "one head each", {"L": 3, "N": 4, "K": 64, "columns": 2, "parts": 5}),
+    ]),
     "gelu": _token_cases({"M": 8192}, {"M": 256}, [
         Case("tail", "odd", "last block partly full", {"L": 37, "M": 129}),
         Case("beyond 31 bits", "production", "more than 2**31 elements", {"L": 263_000, "M": 8192}),
