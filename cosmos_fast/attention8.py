@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ATTENTION_ROWS, E4M3, E4M3_MAX, packed
+from .packing import TILE_KEYS, packed
+from .reference import ATTENTION_ROWS, E4M3, E4M3_MAX
 
 Attend8 = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
 AttendOwn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
@@ -82,6 +83,36 @@ def load_own() -> AttendOwn:
 
     proven("own", plain)
     return own
+
+
+def own_tiles(
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype, key_tiles: Tensor,
+    key_counts: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same kernel over lists of key tiles, with the log-sum-exp."""
+    rows = packed(v) if v.shape == k.shape else v
+    lists = key_tiles, key_counts
+    y, lse = torch.ops.cosmos_fast.attention8_cuda(q, k, rows, score_step, v_step, v_mean, *lists)
+    return y.to(out), lse
+
+
+@cache
+def load_own_tiles() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Our kernel over lists, after it computed the example in two parts that together have every key tile once."""
+
+    def merged(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+        tiles = -(-k.shape[0] // TILE_KEYS)
+        order = torch.arange(tiles - 1, -1, -1, dtype=torch.int32, device=q.device).expand(q.shape[1], 1, -1)
+        one, parts = torch.ones(q.shape[1:], device=q.device), []
+        for lists in (order[..., :1], order[..., 1:]):
+            counts = torch.full((q.shape[1], 1), lists.shape[2], dtype=torch.int32, device=q.device)
+            given = q, k, v, score_step, one, 0 * one, out, lists.contiguous(), counts
+            parts.append(own_tiles(*given))
+        share = torch.sigmoid(parts[0][1] - parts[1][1]).T[..., None]
+        return parts[0][0] * share + parts[1][0] * (1 - share)
+
+    proven("own over lists", merged)
+    return own_tiles
 
 
 # --- cuDNN -----------------------------------------------------------------------------------------

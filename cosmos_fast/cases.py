@@ -15,6 +15,7 @@ from torch import Tensor
 from . import ops_attention8 as ops_attention8  # its ops too are in the table
 from . import ops_exchange as ops_exchange
 from . import ops_linear8 as ops_linear8
+from . import ops_tiles as ops_tiles
 from . import ops_vae as ops_vae
 from .cases_vae import CASES as VAE_CASES
 from .cases_vae import MAKERS as VAE_MAKERS
@@ -22,7 +23,7 @@ from .drawn import Args as Args
 from .drawn import Case as Case
 from .drawn import Random as Random
 from .ops import EPS
-from .reference import packed
+from .packing import TILE_KEYS, TILE_QUERIES, packed
 from .schedule import base_schedule, unipc_coefficients
 
 
@@ -107,6 +108,15 @@ def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, pack: int = 0) -> 
     return q, k, packed(v) if pack else v, score_step, v_step, v_mean, r.dtype
 
 
+def _attention_fp8_tiles(r: Random, L: int, S: int, N: int, K: int, pack: int = 0) -> Args:
+    """Lists of any length from one tile on, in any order, with what is no tile behind their ends."""
+    rows, columns = -(-L // TILE_QUERIES), -(-S // TILE_KEYS)
+    tiles = torch.rand(N, rows, columns, generator=r.generator, device=r.device).argsort(-1).int()
+    lengths = torch.randint(1, columns + 1, (N, rows), generator=r.generator, device=r.device)
+    tiles = torch.where(torch.arange(columns, device=r.device) < lengths[..., None], tiles, 10**6)
+    return *_attention_fp8(r, L, S, N, K, pack), tiles, lengths.int()
+
+
 def _values_restored(r: Random, L: int, N: int, K: int) -> Args:
     _, v_mean, v_step = _channels(r, N, K)
     return r.normal(L, N, K) * 30, v_step, v_mean
@@ -142,6 +152,8 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
     "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
     "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
+    "attention_fp8_tiles": _attention_fp8_tiles,
+    "tile_means": lambda r, L, N, K, rows: ((r.normal(L, N, K) * 30).to(torch.float8_e4m3fn), rows),
     **VAE_MAKERS,
     "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
     "normalized": lambda r, F, H, W: (r.codes(F, H, W, 3), r.dtype),
@@ -256,6 +268,18 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
         Case("odd", "odd", "no tile is full, v transposed", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1}),
     ]),
+    "attention_fp8_tiles": (
+        Case("two tiles", "production", "the published heads and keys of a rank", {"L": 384, "S": _SLICE, **_HEADS, "pack": 1}),
+        Case("small", "small", "a tile of queries, one and a bit of keys", {"L": 192, "S": 104, **_TINY}),
+        Case("odd", "odd", "no tile is full, v transposed", {"L": 201, "S": 197, "N": 3, "K": 128, "pack": 1}),
+        Case("empty", "empty", "no query", {"L": 0, "S": 40, **_TINY}),
+    ),
+    "tile_means": (
+        Case("720p", "production", "tiles of keys", {"L": _720P, **_HEADS, "rows": 96}),
+        Case("small", "small", "two tiles", {"L": 192, **_TINY, "rows": 96}),
+        Case("odd", "odd", "the last tile has two tokens", {"L": 194, "N": 3, "K": 96, "rows": 64}),
+        Case("empty", "empty", "no token", {"L": 0, **_TINY, "rows": 96}),
+    ),
     "values_restored": _token_cases(_HEADS, _TINY, [_ODD_HEADS]),
     "patchify": (
         Case("720p", "production", "93 frames of 1280x704", {"C": 16, **_LATENT}),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .packing import TILE_QUERIES
+
 
 def _check(condition: bool, op: str, rule: str, got: object) -> None:
     torch._check(condition, lambda: f"{op}: {rule}, got {got}.")
@@ -190,8 +192,7 @@ def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
         _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
 
 
-def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out) -> None:  # type: ignore[no-untyped-def]
-    op = "attention_fp8"
+def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_fp8") -> None:  # type: ignore[no-untyped-def]
     packed = (*k.shape[1:], -(-k.shape[0] // 16) * 16)
     fits = q.dim() == k.dim() == 3 and q.shape[1:] == k.shape[1:] and v.shape in (k.shape, packed)
     kinds = {x.dtype for x in (q, k, v)} == {torch.float8_e4m3fn}
@@ -205,6 +206,24 @@ def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out) -> None:  # ty
     _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
     _check_channels(op, q.shape[1], q.shape[2], v_step, v_mean)
     _check(out.is_floating_point, op, "the output dtype must be a floating-point one", out)
+
+
+def check_attention_fp8_tiles(q, k, v, score_step, v_step, v_mean, out, key_tiles, key_counts) -> None:  # type: ignore[no-untyped-def]
+    op = "attention_fp8_tiles"
+    check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op)
+    table = (q.shape[1], -(-q.shape[0] // TILE_QUERIES))
+    fits = key_tiles.dim() == 3 and key_tiles.shape[:2] == table and key_counts.shape == table
+    kinds = {key_tiles.dtype, key_counts.dtype} == {torch.int32}
+    dense = key_tiles.is_contiguous() and key_counts.is_contiguous()
+    rule = f"key_tiles must be contiguous int32 {(*table, 'capacity')}, key_counts {table}"
+    got = [(tuple(x.shape), x.dtype, x.stride()) for x in (key_tiles, key_counts)]
+    _check(fits and kinds and dense, op, rule, got)
+
+
+def check_tile_means(x: Tensor, rows: int) -> None:
+    fits = x.dim() == 3 and x.is_contiguous() and x.dtype == torch.float8_e4m3fn
+    _check(fits, "tile_means", "x must be contiguous (L, N, K) float8_e4m3fn", (tuple(x.shape), x.dtype))
+    _check(rows > 0, "tile_means", "a tile must have a token", rows)
 
 
 def check_values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import cuts
+from .packing import PACK as PACK
+from .packing import TILE_KEYS, TILE_QUERIES, packed, unpacked
 from .reference_vae import conv3d as conv3d
 from .reference_vae import conv3d_fp8 as conv3d_fp8
 from .reference_vae import conv_double as conv_double
@@ -26,12 +28,6 @@ ATTENTION_ROWS = 1024
 """Query rows per step of the reference attention, so that scores stay small on any machine."""
 
 E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
-
-PACK = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-"""Packed values: the tokens of a channel lie in a row, in groups of 16; place i of a group holds its token PACK[i].
-
-So ordered, the registers that hold softmax weights after the first product on a tensor core are the operand of the second.
-"""
 
 
 def _per_token(rows_TD: Tensor, num_tokens: int, tokens_per_frame: int, token_offset: int) -> Tensor:
@@ -257,19 +253,6 @@ def _codes(x: Tensor, step: Tensor) -> Tensor:
     return (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def packed(v: Tensor) -> Tensor:
-    """(S, N, K) codes -> (N, K, S rounded up to 16) in the order of PACK, zeros after the last token."""
-    room = v.new_zeros(-(-v.shape[0] // 16) * 16, *v.shape[1:])
-    room[: v.shape[0]] = v
-    return room.unflatten(0, (-1, 16))[:, list(PACK)].flatten(0, 1).permute(1, 2, 0).contiguous()
-
-
-def unpacked(v: Tensor, S: int) -> Tensor:
-    """What `packed` packed."""
-    order = [PACK.index(token) for token in range(16)]
-    return v.permute(2, 0, 1).unflatten(0, (-1, 16))[:, order].flatten(0, 1)[:S].contiguous()
-
-
 def hadamard(K: int) -> Tensor:
     """The orthonormal Sylvester matrix (K, K) fp64, K a power of two: H[i, j] = (-1)^(ones of i & j) / sqrt(K)."""
     H = torch.ones(1, 1, dtype=torch.float64)
@@ -292,6 +275,35 @@ def attention_fp8(
         for part in q.split(ATTENTION_ROWS)
     ]
     return torch.cat([part.transpose(0, 1).to(out) for part in parts])
+
+
+def attention_fp8_tiles(
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype, key_tiles: Tensor,
+    key_counts: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_fp8` of each query tile over the key tiles of its list: (L, N, K), and the log-sum-exp (N, L) fp32.
+
+    key_tiles (N, query tiles, capacity), the first key_counts (N, query tiles) of which count; none: v_mean and -inf.
+    """
+    S, outs, sums = k.shape[0], [q.new_empty(0, *q.shape[1:], dtype=out)], [v_step.new_empty(q.shape[1], 0)]
+    rows = v if v.shape == k.shape else unpacked(v, S)
+    keys, values = k.float().permute(1, 2, 0), (rows.float() * v_step).transpose(0, 1)
+    place = torch.arange(key_tiles.shape[2], device=q.device)
+    tile_of_key = torch.arange(S, device=q.device) // TILE_KEYS
+    for i, part in enumerate(q.split(TILE_QUERIES) if len(q) else ()):
+        listed = torch.where(place < key_counts[:, i, None], key_tiles[:, i], -1)
+        kept = (listed[:, :, None] == tile_of_key).any(1)[:, None]
+        scores = (part.float().transpose(0, 1) @ keys * score_step).masked_fill(~kept, -torch.inf)
+        sums.append(scores.logsumexp(-1))
+        weights = torch.where(kept, (scores - sums[-1][..., None]).exp(), 0.0)
+        outs.append((weights @ values + v_mean[:, None]).transpose(0, 1).to(out))
+    return torch.cat(outs), torch.cat(sums, 1)
+
+
+def tile_means(x: Tensor, rows: int) -> Tensor:
+    """Mean of each tile of `rows` tokens of x (L, N, K), the last of those that are left: (tiles, N, K) fp32."""
+    means = [part.float().mean(0) for part in x.split(rows)] if len(x) else []
+    return torch.stack(means) if means else x.new_empty(x.shape, dtype=torch.float32)
 
 
 def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> Tensor:

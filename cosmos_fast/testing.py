@@ -62,7 +62,7 @@ EQUAL = frozenset({"patchify", "unpatchify", "pixels", "normalized"})
 RATIO, FLOOR = 2.0, 1e-6
 """An implementation may err twice as much against fp64 as the reference in the same dtype, plus FLOOR."""
 
-EIGHT_BIT = {"attention_fp8": (0.04, 0.04), "linear_fp8": (4e-3, 8e-3), "linear_gelu_fp8": (1e-3, 8e-3),
+EIGHT_BIT = {"attention_fp8": (0.04, 0.04), "attention_fp8_tiles": (0.04, 0.04), "linear_fp8": (4e-3, 8e-3), "linear_gelu_fp8": (1e-3, 8e-3),
              "conv3d_fp8": (4e-3, 8e-3)}  # fmt: skip
 """Ops that multiply codes: allowed relative error against fp64, and of the worst value as a share of the largest.
 

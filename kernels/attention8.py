@@ -1,4 +1,4 @@
-"""Attention over e4m3 codes, dense or over lists of key tiles: `attention_fp8`, `attention_fp8_tiles`.
+"""Attention over e4m3 codes, dense or over lists of key tiles: `attention_fp8`, `attention_fp8_tiles`, `tile_means`.
 
     score = score_step * (q . k)
     out   = softmax over the keys (score) @ (v_step * v) + v_mean
@@ -121,6 +121,33 @@ def attention_fp8_tiles(
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y, lse
+
+
+@triton.jit
+def _tile_means_kernel(
+    x, out, L, ROWS, N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr
+):
+    tile, head, cols = tl.program_id(0), tl.program_id(1), tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float32)
+    first, end = tile * ROWS, tl.minimum(tile * ROWS + ROWS, L)
+    for start in range(first, end, STEP):
+        rows = start + tl.arange(0, STEP)
+        at = rows[:, None].to(tl.int64) * (N * K) + head * K + cols[None, :]
+        part = tl.load(x + at, (rows[:, None] < end) & (cols[None, :] < K), 0.0)
+        total += tl.sum(part.to(tl.float32), 0)
+    tl.store(out + (tile.to(tl.int64) * N + head) * K + cols, total / (end - first), cols < K)
+
+
+def tile_means(x: Tensor, rows: int) -> Tensor:
+    """(tiles, N, K) fp32 of e4m3 (L, N, K): the mean of each tile of `rows` tokens, of the last of those left."""
+    L, N, K = x.shape
+    out = x.new_empty(triton.cdiv(L, rows), N, K, dtype=torch.float32)
+    if out.numel():
+        with on_device_of(x):
+            _tile_means_kernel[(out.shape[0], N)](
+                x, out, L, rows, N=N, K=K, WIDTH=triton.next_power_of_2(K), STEP=32, num_warps=4
+            )
+    return out
 
 
 def attention_fp8(
