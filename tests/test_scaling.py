@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
+import report  # noqa: E402
 import report_scaling  # noqa: E402
 import scaling  # noqa: E402
 import scaling_ranks  # noqa: E402
@@ -93,15 +94,68 @@ def test_a_record_gives_rates_and_what_was_measured(
     assert rates is not None
     assert (rates.attention_s, rates.pointwise_s, rates.link) == (2.7, pytest.approx(0.07), 400.0)
     assert (rates.vae_s, rates.fixed_s) == (6.0, 0.5)
-    assert scaling.measured_of(record) == {(True, 1, 1): 6.26, (True, 2, 1): 3.2}
+    assert scaling.steps_of(record) == {(True, 1, 1): 6.26, (True, 2, 1): 3.2}
     path = tmp_path / "r.json"
     path.write_text(json.dumps(record))
     assert scaling.main([str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "link measured" in shown and "3.200" in shown
+    assert "link measured" in shown and "3.200" in shown and "20.000" in shown
+    rows = [line.split() for line in shown.splitlines() if line.split()[1:2] == ["2"]]
+    assert [row[0] for row in rows] == ["2", "4", "2"] and rows[0][
+        10
+    ] == "3.200"  # (2, 1) and (2, 2) guided, (2, 1) not
+    predicted = step(2, 1, rates).total_s
+    assert rows[0][11] == f"{100 * (predicted / 3.2 - 1):.1f}"
+    hosts = [line.split()[0] for line in shown.splitlines() if line.split()[:1] in (["8"], ["16"])]
+    assert hosts == ["8", "8", "16", "16", "8", "16"]
     assert scaling.rates_of({"args": {}}) is None
     path.write_text(json.dumps({"environment": {}}))
     assert scaling.main([str(path)]) == 2
+
+
+def test_a_record_without_rates_lends_its_link_and_steps_to_one_that_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = {
+        "ours": {"classes_ms": {"attention": 2700, "gemm": 450, "pointwise": 70, "copy": 0}, "idle_ms": 2}
+    }
+    rated = {
+        "kind": "other",
+        "environment": {"date": "2026-01-01"},
+        "args": {},
+        "trace": trace,
+        "loops": {"one": {"step_s": 6.26}},
+    }
+    several = {"kind": "scaling", "environment": {"date": "2026-01-02"}, "args": {}, "link": {"all_to_all_gb_s": 222.0},
+               "loops": {"cfg2": {"step_s": 3.3}}, "distilled": {"context2": {"seconds": 8.5}}}  # fmt: skip
+    older = several | {"environment": {"date": "2025-01-02"}, "loops": {"cfg2": {"step_s": 9.9}}}
+    dry = older | {"environment": {"date": "2027-01-02"}, "args": {"smoke": "True"}}
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    for name, record in {"a": rated, "b": several, "c": older, "d": dry}.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    assert scaling.main(["--json"]) == 0
+    rows = {
+        (r["guided"], r["context"], r["cfg"]): r
+        for r in map(json.loads, capsys.readouterr().out.splitlines())
+    }
+    assert rows[True, 1, 2]["measured_s"] == 3.3 and rows[False, 2, 1]["measured_clip_s"] == 8.5
+    assert rows[True, 1, 2]["exposed_s"] == pytest.approx(scaling.VELOCITY_BYTES / 222e9)
+    results = report.load(tmp_path)
+    assert results and not any(
+        key.startswith("scaling.") for key in report.figures(results)
+    )  # nothing to compare with
+    loops = {"one": {"step_s": 6.2}, "cfg2": {"step_s": 3.1}, "context2": {"step_s": 3.2}}
+    clips = {"one": {"seconds": 17.0}, "context2": {"seconds": 8.5}}
+    (folder / "b.json").write_text(json.dumps(several | {"loops": loops, "distilled": clips}))
+    found = report.figures(report.load(tmp_path))
+    gained = {key: row["value"] for key, row in found.items() if key.startswith("scaling.")}
+    assert gained == {
+        "scaling.cfg2": 2.0,
+        "scaling.context2": pytest.approx(1.9375),
+        "scaling.distilled2": 2.0,
+    }
 
 
 # --- traces ---

@@ -1,6 +1,6 @@
 """What a step takes on 1, 2, 4, 8 and 16 GPUs, by arithmetic from measured rates, beside what was measured.
 
-    python tools/scaling.py                     the newest record of every GPU kind in bench/results that has the rates
+    python tools/scaling.py                     every GPU kind in bench/results: rates and steps of its newest records
     python tools/scaling.py RECORD.json         rates of this record (of bench_scaling.py, or bench_denoiser.py)
     python tools/scaling.py --link 300 --network 40     GB/s a GPU sends within its host, and to others, where not measured
 
@@ -51,7 +51,6 @@ class Rates:
     fixed_s: float = 0.0
     link: float = LINK_GB_S
     network: float = NETWORK_GB_S
-    source: str = ""
 
     @property
     def call_s(self) -> float:
@@ -128,11 +127,20 @@ LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (16, 
 """(context, cfg): 1 to 8 GPUs of a host, then 16 of two."""
 
 
-def table(rates: Rates, measured: dict[tuple[bool, int, int], float], *, guided: bool) -> str:
-    """Rows by layout: seconds of a step by kind, speed over one GPU, and the measured step."""
+Times = dict[tuple[bool, int, int], float]
+"""Seconds by (guided, context, cfg)."""
+
+
+def beside(predicted: float, measured: float | None) -> str:
+    """A measured time and by how many percent the prediction is off."""
+    return f"{measured:>9.3f} {100 * (predicted / measured - 1):>6.1f}" if measured else f"{'-':>9} {'-':>6}"
+
+
+def table(rates: Rates, steps: Times, clips: Times, *, guided: bool) -> str:
+    """Rows by layout: seconds of a step by kind, speed over one GPU, and what was measured of step and clip."""
     lines = [
         f"{'GPUs':>5} {'context':>8} {'cfg':>4} {'compute':>9} {'hidden':>8} {'exposed':>8} {'gaps':>7} {'step s':>8} "
-        f"{'x':>6} {'eff %':>6} {'clip s':>8} {'measured':>9} {'off %':>6}"
+        f"{'x':>6} {'eff %':>6} {'measured':>9} {'off %':>6} {'clip s':>8} {'measured':>9} {'off %':>6}"
     ]
     alone = step(1, 1, rates, guided=guided).total_s
     for context, cfg in LAYOUTS:
@@ -140,12 +148,11 @@ def table(rates: Rates, measured: dict[tuple[bool, int, int], float], *, guided:
             continue
         one, ranks = step(context, cfg, rates, guided=guided), context * cfg
         gain = alone / one.total_s
-        found = measured.get((guided, context, cfg))
-        seen = f"{found:>9.3f} {100 * (one.total_s / found - 1):>6.1f}" if found else f"{'-':>9} {'-':>6}"
+        key, clip = (guided, context, cfg), clip_s(context, cfg, rates, guided=guided)
         lines.append(
             f"{ranks:>5} {context:>8} {cfg:>4} {one.compute_s:>9.3f} {one.hidden_s:>8.3f} {one.exposed_s:>8.3f} "
             f"{one.idle_s:>7.4f} {one.total_s:>8.3f} {gain:>6.2f} {100 * gain / ranks:>6.1f} "
-            f"{clip_s(context, cfg, rates, guided=guided):>8.1f} {seen}"
+            f"{beside(one.total_s, steps.get(key))} {clip:>8.1f} {beside(clip, clips.get(key))}"
         )
     return "\n".join(lines)
 
@@ -155,22 +162,21 @@ def table(rates: Rates, measured: dict[tuple[bool, int, int], float], *, guided:
 
 def rates_of(record: dict[str, Any], link: float | None = None, network: float | None = None) -> Rates | None:
     """Rates of a record of bench_scaling.py or bench_denoiser.py; None if it lacks them. Given links win."""
-    trace, rows = record.get("trace", {}), record.get("cases", {}).get("720", {}).get("variants", {})
+    trace = record.get("trace", {})
     if record.get("args", {}).get("smoke") == "True" or "ours" not in trace:
         return None
+    rows = record.get("cases", {}).get("720", {}).get("variants", {})
     pair_s = rows.get("ours_pair", {}).get("median_s") or record.get("loops", {}).get("one", {}).get("step_s")
     if pair_s is None:
         return None
     classes = trace["ours"]["classes_ms"]
-    found = record.get("link", {}).get("all_to_all_gb_s")
     stages = record.get("distilled", {}).get("one", {}).get("stages", {})
     return Rates(
         attention_s=classes["attention"] / 1e3, product_s=classes["gemm"] / 1e3,
         pointwise_s=(classes["pointwise"] + classes["copy"]) / 1e3, gaps_s=trace["ours"]["idle_ms"] / 1e3,
         pair_s=pair_s, vae_s=sum(stages.get(s, 0.0) for s in ("encode", "decode")),
         fixed_s=sum(s for name, s in stages.items() if name not in ("encode", "decode", "denoise")),
-        link=link or found or LINK_GB_S, network=network or NETWORK_GB_S,
-        source=f"link {'given' if link else 'measured' if found else 'assumed'}, network {'given' if network else 'assumed'}",
+        link=link or record.get("link", {}).get("all_to_all_gb_s") or LINK_GB_S, network=network or NETWORK_GB_S,
     )  # fmt: skip
 
 
@@ -179,20 +185,36 @@ LOOPS = {"one": (True, 1, 1), "cfg2": (True, 1, 2), "context2": (True, 2, 1), "d
 """(guided, context, cfg) of the loops that bench_scaling.py times."""
 
 
-def measured_of(record: dict[str, Any]) -> dict[tuple[bool, int, int], float]:
-    """Seconds of a step by (guided, context, cfg)."""
+def steps_of(record: dict[str, Any]) -> Times:
+    """Measured steps of a record of bench_scaling.py."""
     loops = record.get("loops", {})
     return {key: loops[name]["step_s"] for name, key in LOOPS.items() if "step_s" in loops.get(name, {})}
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest record of one GPU kind with the rates; of one that also has several GPUs, if there is one."""
-    found = []
+def clips_of(record: dict[str, Any]) -> Times:
+    """Measured clips end to end."""
+    clips, keys = record.get("distilled", {}), {"one": (False, 1, 1), "context2": (False, 2, 1)}
+    return {key: clips[name]["seconds"] for name, key in keys.items() if "seconds" in clips.get(name, {})}
+
+
+Found = tuple[Path, dict[str, Any]]
+
+
+def newest(folder: Path) -> tuple[Found | None, Found | None]:
+    """Of one GPU kind the newest record with the rates, if there is one from several GPUs that; and the newest of those."""
+    rated, several = [], []
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("args", {}).get("smoke") == "True":
+            continue
+        date, is_several = str(record.get("environment", {}).get("date")), record.get("kind") == "scaling"
         if rates_of(record) is not None:
-            found.append((record.get("kind") == "scaling", str(record["environment"]["date"]), path, record))
-    return max(found, key=lambda item: item[:2])[2:] if found else None
+            rated.append((is_several, date, path, record))
+        if is_several:
+            several.append((date, path, record))
+    first = max(rated, key=lambda item: item[:2])[2:] if rated else None
+    second = max(several, key=lambda item: item[0])[1:] if several else None
+    return first, second
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,31 +224,48 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--network", type=float, help="GB/s a GPU sends to other hosts")
     parser.add_argument("--json", action="store_true", help="one JSON object per layout instead of tables")
     args = parser.parse_args(argv)
+    chosen: list[tuple[Found | None, Found | None]]
     if args.record:
-        chosen = [(args.record, json.loads(args.record.read_text(encoding="utf-8")))]
+        found = args.record, json.loads(args.record.read_text(encoding="utf-8"))
+        chosen = [(found, found)]
     else:
-        folders = sorted(p for p in RESULTS.iterdir() if p.is_dir())
-        chosen = [found for folder in folders if (found := newest(folder)) is not None]
-    for path, record in chosen:
-        rates = rates_of(record, args.link, args.network)
-        if rates is None:
-            print(
-                f"scaling: {path}: must have the trace and the time of one step, got neither.",
-                file=sys.stderr,
-            )
-            return 2
+        chosen = [newest(folder) for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir())]
+    for rated, several in chosen:
+        seen: dict[str, Any] = several[1] if several else {}
+        link = args.link or seen.get("link", {}).get("all_to_all_gb_s")
+        rates = rates_of(rated[1], link, args.network) if rated else None
+        if rates is None or rated is None:
+            if args.record:
+                print(
+                    f"scaling: {args.record}: must have the trace and the time of one step, got neither.",
+                    file=sys.stderr,
+                )
+                return 2
+            continue
+        steps, clips = steps_of(seen), clips_of(seen)
         for guided in (True, False):
             if args.json:
                 for context, cfg in LAYOUTS:
                     if guided or cfg == 1:
-                        one = step(context, cfg, rates, guided=guided)
-                        print(json.dumps({"guided": guided, "context": context, "cfg": cfg} | asdict(one)))
+                        key, one = (guided, context, cfg), step(context, cfg, rates, guided=guided)
+                        row = (
+                            {"guided": guided, "context": context, "cfg": cfg}
+                            | asdict(one)
+                            | {"total_s": one.total_s}
+                        )
+                        print(
+                            json.dumps(
+                                row | {"measured_s": steps.get(key), "measured_clip_s": clips.get(key)}
+                            )
+                        )
             else:
                 what = "base, two passes a step" if guided else "distilled, one pass a step"
+                said = "given" if args.link else "measured" if link else "assumed"
+                source = f"link {said}, network {'given' if args.network else 'assumed'}"
                 print(
-                    f"{path.name}: {what}; {rates.link:.0f} GB/s in a host, {rates.network:.0f} beyond ({rates.source})"
+                    f"{rated[0].name}: {what}; {rates.link:.0f} GB/s in a host, {rates.network:.0f} beyond ({source})"
                 )
-                print(table(rates, measured_of(record), guided=guided) + "\n")
+                print(table(rates, steps, clips, guided=guided) + "\n")
     return 0
 
 

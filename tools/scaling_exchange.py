@@ -11,8 +11,10 @@ from published import relative_l2
 from torch import Tensor
 
 from cosmos_fast.config import NetworkConfig
+from cosmos_fast.dispatch import TABLE
 from cosmos_fast.exchange import Exchanged, exact_operands, fp8_attend, fp8_operands
 from cosmos_fast.formats import EnvironmentProblem
+from cosmos_fast.ops import EPS
 from cosmos_fast.parallel import Group, Shard
 from cosmos_fast.self_attention import exact
 from cosmos_fast.self_attention8 import fp8
@@ -41,6 +43,8 @@ def calls(qkv: Tensor, table: tuple[Tensor, ...], group: Group) -> Iterator[tupl
     one = partial(exact, qkv, *table, 0)
     yield "one", one, None
     yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, group), None
+    for name, pack in packs(qkv).items():
+        yield f"packed, {name}", partial(pack, own, q_gain, k_gain, *here, group.size, 2, EPS), None
     for parts in (1, 2, 4):
         yield f"in {parts} parts", partial(Exchanged(group, parts=parts), own, *table, 0), one
     try:
@@ -50,6 +54,12 @@ def calls(qkv: Tensor, table: tuple[Tensor, ...], group: Group) -> Iterator[tupl
         return
     yield "fp8, one", one8, None
     yield "fp8, in 2 parts", partial(Exchanged(group, fp8_operands, fp8_attend), own, *table, 0), one8
+
+
+def packs(qkv: Tensor) -> dict[str, Call]:
+    """Every implementation of `qkv_packed` that runs here, but the reference."""
+    candidates = TABLE["qkv_packed"].candidates[:-1]
+    return {c.name: c.load() for c in candidates if c.obstacle(qkv.device, qkv.dtype) is None}
 
 
 def equality(call: Call, wanted: Call | None, tokens: int, group: Group) -> dict[str, Any]:
