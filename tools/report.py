@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report_attention8
 import report_embedded
 import report_fidelity
 import report_fp8
@@ -349,7 +350,8 @@ def figures(results: list[Results]) -> dict[str, Result]:
         if (found := r.own("embedded", "embedded")) is not None:
             for key, value, unit in report_embedded.figures(found[2]):
                 put(key, value, unit, found[0])
-        for key, value, unit, file, peer in (*report_fp8.figures(r), *report_fidelity.figures(r)):
+        eight_bit = (*report_fp8.figures(r), *report_attention8.figures(r), *report_fidelity.figures(r))
+        for key, value, unit, file, peer in eight_bit:
             put(key, value, unit, file, peer)
         if (found := r.own("loops", "scaling")) is not None:
             for key, gain in report_scaling.gains(found[1]).items():
