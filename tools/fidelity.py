@@ -1,14 +1,16 @@
 """What 8-bit recipes cost in fidelity, from one layer to the video, on the embedded model and held-out clips.
 
-    python tools/fidelity.py OUT.json [--device cuda] [--clips 8] [--data FOLDER] [--recipes attention,linear,fp8]
+    python tools/fidelity.py OUT [--device cuda] [--clips 8] [--data FOLDER] [--recipes attention,linear,fp8,scheduled,te]
 
 Layers: at some steps of one clip, the error of self-attention's output for each way to make codes (nothing removed,
-means removed, rotated, steps per head or per 128 tokens), on the activations that the model has. Calls: the error of a
-velocity on the same input, prompts apart and guided. Clips: the same request and seed with the exact recipe and with
+means removed, rotated, steps per head or per 128 tokens), and of every linear layer's product, on the activations that the
+model has. Calls: the error of a velocity on the same input, by recipe and with one kind of linear layer in 8 bits at a time,
+those that the rule leaves in full precision too. Clips: the same request and seed with the exact recipe and with
 each other one, for every control and the few-step model: latent error, PSNR, SSIM, and what tools/evaluate_model.py
 measures of both. Yardsticks: the exact recipe with another attention library (what rounding alone does), and with
-another seed. Clips are rendered into FOLDER unless they lie there. With --deadline-s the clips done by then count. On a
-CPU recipes run in fp32 but for what they quantise, and --recipes attention --clips 1 --steps 4 takes minutes.
+another seed. Clips are rendered into FOLDER unless they lie there. With --deadline-s the clips done by then count; what
+fails is recorded and the rest goes on. OUT: a .json file, or the folder bench/results. On a CPU recipes run in fp32 but for
+what they quantise, and --recipes attention --clips 1 --steps 4 takes minutes; --clips 0 looks at layers and calls alone.
 """
 
 from __future__ import annotations
@@ -18,133 +20,31 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "train")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "train"), str(ROOT / "bench")]
 
 import adherence_jobs as jobs  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from adherence import psnr, ssim  # noqa: E402
 from evaluate_model import environment, mean  # noqa: E402
-from fidelity_layers import Layers  # noqa: E402
+from fidelity_engines import RECIPES, engine, look  # noqa: E402
 from probe import WEIGHTS as PROBE  # noqa: E402
+from records import destination  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cosmos_fast.dispatch import use, used  # noqa: E402
-from cosmos_fast.engine import Engine  # noqa: E402
 from cosmos_fast.formats import CONTROLS, DISTILLED  # noqa: E402
-from cosmos_fast.network import Pair, Single  # noqa: E402
-from cosmos_fast.recipe import Plan, Recipe  # noqa: E402
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "attention": {"attention": "fp8"},
-    "linear": {"linear": "fp8"},
-    "fp8": {"attention": "fp8", "linear": "fp8"},
-    "scheduled": {"attention": "fp8", "linear": "fp8", "attention_head": 0.2, "attention_tail": 0.1},
-}
 GOALS = {"psnr_db": 35.0, "metric_change": 0.02}
-"""Mean PSNR against exact, at least; change of the mean of each measure of control, at most."""
-
-SHARES = (0.0, 0.3, 0.6, 0.97)
-"""Where in the schedule layers and calls are looked at."""
-
-
-# --- engines ---------------------------------------------------------------------------------------
-
-
-def recipe_of(name: str) -> Recipe:
-    """exact, or one of RECIPES. On a CPU in fp32, but for recipes that need bf16."""
-    changes = RECIPES.get(name, {})
-    on_gpu = jobs._where is not None and jobs._where.device.startswith("cuda")
-    dtype = "bf16" if on_gpu or "linear" in changes else "fp32"
-    return Recipe(name=name, dtype=dtype, **changes)
-
-
-class Kept(Engine):
-    """Keeps the latents of the last chunk it made."""
-
-    latents: Tensor
-
-    def _sample(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.latents = super()._sample(*args, **kwargs)
-        return self.latents
-
-
-class Watched(Engine):
-    """Exact, and at some steps lets other networks see what it sees."""
-
-    layers: Layers
-    others: Mapping[str, Any]
-    calls: dict[str, dict[str, list[float]]]
-    guidance = 0.0
-
-    def _attention(self) -> Any:
-        return self.layers
-
-    def _graphed(self, bound: Pair | Single) -> Any:
-        context = bound.cond if isinstance(bound, Pair) else bound.ctx
-        steps = context.tables.head.shape[0]
-        watched = {round(share * (steps - 1)) for share in SHARES}
-        modules = dict(self.network.named_modules())
-        self.layers.names = {m.q_gain.data_ptr(): n for n, m in modules.items() if hasattr(m, "attend")}
-
-        def call(z: Tensor, step: int) -> Any:
-            self.layers.active = step in watched
-            v = bound(z, step)
-            self.layers.active = False
-            for name, network in self.others.items() if step in watched else ():
-                self._compare(name, v, replace(bound, network=network)(z, step))
-            return v
-
-        return call
-
-    def _compare(self, name: str, true: Any, got: Any) -> None:
-        table = self.calls.setdefault(name, {})
-        pairs = {"velocity": (true, got)}
-        if isinstance(true, tuple):
-            pairs = {"velocity": (true[0], got[0])}
-            if true[1] is not None:
-                guided = [c + self.guidance * (c - u) for c, u in (true, got)]
-                pairs |= {"without prompt": (true[1], got[1]), "guided": (guided[0], guided[1])}
-        for key, (a, b) in pairs.items():
-            table.setdefault(key, []).append(float((a.float() - b.float()).norm() / a.float().norm()))
-
-
-@cache
-def engine(model: str, recipe: str) -> Kept:
-    where = jobs._where
-    assert where is not None
-    return Kept(model=model, recipe=recipe_of(recipe), plan=Plan(device=where.device, graphs=where.graphs))
-
-
-def look(model: str, names: Sequence[str], steps: int | None) -> dict[str, Any]:
-    """Layers and calls of the first clip."""
-    where = jobs._where
-    assert where is not None
-    engines = {name: engine(model, name) for name in names}
-    Watched.layers = Layers(engine(model, "attention")._attention())
-    # One that computes in the dtype of the exact one beside it: on a CPU those with 8-bit linears do not.
-    Watched.others = {n: e.network for n, e in engines.items() if e.dtype == recipe_dtype()}
-    Watched.calls = {}
-    watched = Watched(model=model, recipe=recipe_of("exact"), plan=Plan(device=where.device))
-    spec = jobs.spec_of(jobs.Job(model, 0, {"edge": 1.0}, (0,), (), "look", steps=steps))
-    Watched.guidance = spec.guidance
-    watched.generate(spec)
-    calls = {name: {key: mean(values) for key, values in rows.items()} for name, rows in Watched.calls.items()}  # fmt: skip
-    return {"layers": Watched.layers.summary(), "calls": calls}
-
-
-def recipe_dtype() -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe_of("exact").dtype]
-
+"""Mean PSNR against exact, at least; change of the mean of each measure of control, at most. The few-step model apart."""
 
 # --- clips -----------------------------------------------------------------------------------------
 
@@ -154,29 +54,36 @@ def run(job: jobs.Job, names: Sequence[str], other_library: str | None) -> dict[
     where = jobs._where
     assert where is not None
     spec, truth = jobs.spec_of(job), jobs.held(where.data, job.clip)
-    made: dict[str, tuple[np.ndarray, Tensor]] = {}
+    started, failed = time.monotonic(), {}
 
-    def make(name: str, recipe: str, request: Any = spec) -> None:
-        one = engine(job.model, recipe)
-        made[name] = (one.generate(request).frames, one.latents)
+    def make(name: str, recipe: str, request: Any = spec, **library: str) -> tuple[np.ndarray, Tensor] | None:
+        try:
+            with use(**library) if library else nullcontext():
+                one = engine(job.model, recipe)
+                return one.generate(request).frames, one.latents
+        except Exception as error:  # one recipe that cannot run here must not take the others with it
+            failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            return None
 
-    make("exact", "exact")
-    for name in names:
-        make(name, name)
+    one = engine(job.model, "exact")
+    frames, latents = one.generate(spec).frames, one.latents
+    made = {name: make(name, name) for name in names}
+    implementations = used()  # before another library is forced, which begins them anew
     if other_library:
-        with use(attention=other_library):
-            make("other library", "exact")
-    make("other seed", "exact", spec.model_copy(update={"seed": spec.seed + 1000}))
-    frames, latents = made["exact"]
-    rows = {}
-    for name, (other, z) in made.items():
-        row: dict[str, Any] = {"measures": jobs.measured(other, truth, job.measures)}
-        if name != "exact":
+        made["other library"] = make("other library", "exact", attention=other_library)
+    made["other seed"] = make("other seed", "exact", spec.model_copy(update={"seed": spec.seed + 1000}))
+    rows: dict[str, dict[str, Any]] = {"exact": {"measures": jobs.measured(frames, truth, job.measures)}}
+    for name, found in made.items():
+        if found is not None:
+            other, z = found
             by_frame = [psnr(a, b) for a, b in zip(other, frames, strict=True)]
-            row |= {"psnr_db": psnr(other, frames), "worst_frame_db": min(by_frame), "ssim": ssim(other, frames),
-                    "latent": float((z - latents).norm() / latents.norm())}  # fmt: skip
-        rows[name] = row
-    return {"clip": job.clip, "tag": job.tag, "rows": rows, "used": used()}
+            rows[name] = {
+                "measures": jobs.measured(other, truth, job.measures), "psnr_db": psnr(other, frames),
+                "worst_frame_db": min(by_frame), "ssim": ssim(other, frames),
+                "latent": float((z - latents).norm() / latents.norm()),
+            }  # fmt: skip
+    return {"clip": job.clip, "tag": job.tag, "rows": rows, "failed": failed, "used": implementations,
+            "seconds": time.monotonic() - started}  # fmt: skip
 
 
 def jobs_of(clips: int, models: Sequence[str], steps: int | None) -> list[list[jobs.Job]]:
@@ -216,17 +123,56 @@ def summary(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def goals(found: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Each goal of each recipe, met or not: of the base models, and of the few-step one by itself."""
     rows = []
     for name in names:
-        if name in found:
-            worst = max((abs(m["change"]) for m in found[name]["measures"].values()), default=0.0)
-            for key, rule, value in (
-                ("psnr_db", ">=", found[name]["psnr_db"]),
-                ("metric_change", "<=", worst),
-            ):
+        if name not in found:
+            continue
+        for end, few in (("", False), (".distilled", True)):
+            tags = [tag for tag in found[name]["by_request"] if tag.endswith("distilled") == few]
+            if not tags:
+                continue
+            changes = [
+                abs(found[name]["measures"][tag]["change"]) for tag in tags if tag in found[name]["measures"]
+            ]
+            values = {
+                "psnr_db": (">=", mean([found[name]["by_request"][tag]["psnr_db"] for tag in tags])),
+                "metric_change": ("<=", max(changes, default=0.0)),
+            }
+            for key, (rule, value) in values.items():
                 passed = value >= GOALS[key] if rule == ">=" else value <= GOALS[key]
-                rows.append({"metric": f"{key}.{name}", "rule": rule, "goal": GOALS[key], "value": value, "passed": bool(passed)})  # fmt: skip
+                rows.append({"metric": f"{key}.{name}{end}", "rule": rule, "goal": GOALS[key], "value": value, "passed": bool(passed)})  # fmt: skip
     return rows
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+
+class Pools:
+    """Processes of one worker each. A model's clips go to the same few, so that it is loaded and compiled there alone."""
+
+    def __init__(self, where: jobs.Where, workers: int, models: Sequence[str]) -> None:
+        context = get_context("spawn")
+        self.models = list(models)
+        self.pools = [ProcessPoolExecutor(1, context, jobs.start, (where,)) for _ in range(workers)]
+
+    def submit(self, model: str, clip: int, *task: Any) -> Future[Any]:
+        return self.pools[place(self.models.index(model), clip, len(self.models), len(self.pools))].submit(
+            *task
+        )
+
+    def stop(self) -> None:
+        """End the workers, whatever they are at: past the deadline nobody waits for them."""
+        for pool in self.pools:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def place(model: int, clip: int, models: int, workers: int) -> int:
+    """Which of the workers makes a clip: with more workers than models, those left over share a model's clips."""
+    own = [w for w in range(workers) if w % models == model] or [model % workers]
+    return own[clip % len(own)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,13 +180,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clips", type=int, default=8)
-    parser.add_argument("--recipes", default="attention,linear,fp8", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--recipes", default="attention,linear,fp8,scheduled", help=f"of {', '.join(RECIPES)}"
+    )
     parser.add_argument("--models", default=",".join((*CONTROLS, DISTILLED)))
     parser.add_argument("--steps", type=int, help="steps of the base models; default: the model's own")
     parser.add_argument(
         "--data", type=Path, help="folder of rendered held-out clips; filled where it lacks some"
     )
-    parser.add_argument("--workers", type=int, help="processes; default: 4 on a GPU, 1 on a CPU")
+    parser.add_argument("--workers", type=int, help="processes; default: 10 on a GPU, 1 on a CPU")
     parser.add_argument("--other-library", help="attention library of the yardstick; default: cudnn on a GPU")
     parser.add_argument("--deadline-s", type=float, default=1e9)
     args = parser.parse_args(argv)
@@ -250,70 +198,95 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"must be of {', '.join(known)}, got {', '.join(unknown)}.")
     is_gpu = args.device.startswith("cuda")
     end = time.monotonic() + args.deadline_s
+    about = environment(args.device)
+    out = destination(args.out, about, "fidelity")
     with tempfile.TemporaryDirectory() as scratch:
         data, media = args.data or Path(scratch) / "data", Path(scratch) / "media"
         media.mkdir()
-        jobs.prepare(data, args.clips)
-        for k in range(args.clips):
+        jobs.prepare(data, max(args.clips, 1))
+        for k in range(max(args.clips, 1)):
             jobs.write_files(data, media, k)
         where = jobs.Where(data, media, args.device, is_gpu, {"folder": None, "probe": PROBE})
-        other = args.other_library or ("cudnn" if is_gpu else None)
-        record: dict[str, Any] = {
-            "kind": "fidelity",
-            "environment": environment(args.device),
-            "steps": args.steps,
-        }
-        done = measure(where, jobs_of(args.clips, models, args.steps), names, other, args, end, record)
-    kept = {d["clip"] for d in done}
-    record |= {"clips": len(kept), "fidelity": summary(done), "used": done[0]["used"] if done else {}}
-    record |= {"goals": goals(record["fidelity"], names), "per_clip": done}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for name, row in record["fidelity"].items():
-        print(f"{name:14s} PSNR {row['psnr_db']:5.1f} dB, worst clip {row['worst_clip_db']:5.1f}, SSIM {row['ssim']:.4f}, latent {row['latent']:.2e}")  # fmt: skip
-    for goal in record["goals"]:
-        print(f"{'pass' if goal['passed'] else 'FAIL'}  {goal['metric']:<26} {goal['value']:8.4f}  goal {goal['rule']} {goal['goal']}")  # fmt: skip
-    print(f"{args.out}: {len(kept)} clips")
-    return 0
+        record: dict[str, Any] = {"kind": "fidelity", "environment": about, "steps": args.steps, "model": models[0], "failures": {}}  # fmt: skip
+        pools = Pools(where, args.workers or (10 if is_gpu else 1), models)
+        try:
+            measure(pools, jobs_of(args.clips, models, args.steps), names, args, end, record, out)
+        finally:
+            pools.stop()
+    print(verdict(record))
+    print(f"{out}: {record['clips']} clips, {len(record['failures'])} failures")
+    return int(bool(record["failures"]))
 
 
 def measure(
-    where: jobs.Where, todo: list[list[jobs.Job]], names: list[str], other: str | None, args: argparse.Namespace,
-    end: float, record: dict[str, Any],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The results of the clips that are whole by the deadline; `record` gets layers and calls."""
-    workers = args.workers or (4 if where.device.startswith("cuda") else 1)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), jobs.start, (where,))
-    first = todo[0][0].model if todo and todo[0] else "edge"
-    looks = pool.submit(look, first, names, args.steps)
-    futures = [[pool.submit(run, job, names, other) for job in clip] for clip in todo]
+    pools: Pools, todo: list[list[jobs.Job]], names: list[str], args: argparse.Namespace, end: float,
+    record: dict[str, Any], out: Path,
+) -> None:  # fmt: skip
+    """Fill the record, and write it whenever a clip is whole: layers and calls first, then the clips done by the deadline."""
+    other = args.other_library or ("cudnn" if args.device.startswith("cuda") else None)
+    looks = pools.submit(record["model"], 0, look, record["model"], names, args.steps)
+    futures = [[pools.submit(job.model, job.clip, run, job, names, other) for job in clip] for clip in todo]
     done: list[dict[str, Any]] = []
-    told: Callable[[str], None] = lambda text: print(text, flush=True)  # noqa: E731
+    record |= {"clips": 0, "fidelity": {}, "goals": [], "used": {}, "per_clip": done}
+    if result(looks, "look", end, record):
+        record |= looks.result()
+        tell_look(record)
     for k, clip in enumerate(futures):
-        finished, late = wait(clip, max(end - time.monotonic(), 0))
-        if late:
-            told(f"deadline: {k} of {len(todo)} clips are whole")
-            break
-        done += [future.result() for future in clip]
-        told(f"clip {k}: " + ", ".join(f"{n} {mean([d['rows'][n]['psnr_db'] for d in done if d['clip'] == k]):.1f} dB" for n in names))  # fmt: skip
-    if looks.done() or time.monotonic() < end:
-        record |= {"model": first, **looks.result()}
-        for way, row in record["layers"].items():
-            told(
-                f"layer error, {way:26s} mean {row['mean']:.2e}, worst {row['worst']:.2e} at {row['worst_layer']}"
+        for job, future in zip(todo[k], clip, strict=True):
+            if result(future, f"clip {k} {job.tag}", end, record):
+                done.append(future.result())
+                record["failures"] |= {
+                    f"clip {k} {job.tag} {n}": why for n, why in done[-1]["failed"].items()
+                }
+        record |= {"clips": len({d["clip"] for d in done}), "fidelity": summary(done), "used": done[0]["used"] if done else {}}  # fmt: skip
+        record["goals"] = goals(record["fidelity"], names)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        told = {
+            n: mean([d["rows"][n]["psnr_db"] for d in done if d["clip"] == k and n in d["rows"]])
+            for n in names
+        }
+        print(f"clip {k}: " + ", ".join(f"{n} {v:.1f} dB" for n, v in told.items()), flush=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def result(future: Future[Any], what: str, end: float, record: dict[str, Any]) -> bool:
+    """Whether it came in time and whole; what it said otherwise is a failure, a clip too late is not."""
+    wait([future], max(end - time.monotonic(), 0))
+    if not future.done():
+        record.setdefault("late", []).append(what)
+        return False
+    if (error := future.exception()) is not None:
+        record["failures"][what] = f"{type(error).__name__}: {str(error)[:500]}"
+        print(f"FAILED {what}: {record['failures'][what]}", flush=True)
+        return False
+    return True
+
+
+def tell_look(record: Mapping[str, Any]) -> None:
+    for what in ("layers", "products"):
+        for way, row in record[what].items():
+            print(
+                f"{what}, {way:26s} mean {row['mean']:.2e}, worst {row['worst']:.2e} at {row['worst_layer']}"
             )
-        for name, row in record["calls"].items():
-            told(f"call error, {name}: " + ", ".join(f"{key} {value:.2e}" for key, value in row.items()))
-    for future in (f for clip in futures for f in clip):
-        future.cancel()
-    stop(pool)
-    return done
+    for name, row in record["calls"].items():
+        print(
+            f"call error, {name:30s} " + ", ".join(f"{key} {value:.2e}" for key, value in row.items()),
+            flush=True,
+        )
 
 
-def stop(pool: ProcessPoolExecutor) -> None:
-    """End the workers, whatever they are at: past the deadline nobody waits for them."""
-    for process in list(pool._processes.values()):
-        process.terminate()
-    pool.shutdown(wait=True, cancel_futures=True)
+def verdict(record: Mapping[str, Any]) -> str:
+    lines = [
+        f"{name:14s} PSNR {row['psnr_db']:5.1f} dB, worst clip {row['worst_clip_db']:5.1f}, SSIM {row['ssim']:.4f}, latent {row['latent']:.2e}"
+        for name, row in record["fidelity"].items()
+    ]
+    lines += [
+        f"{'met   ' if goal['passed'] else 'MISSED'}  {goal['metric']:<30} {goal['value']:8.4f}  goal {goal['rule']} {goal['goal']}"
+        for goal in record["goals"]
+    ]
+    if late := record.get("late"):
+        lines.append(f"not done by the deadline: {len(late)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

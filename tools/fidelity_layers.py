@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
+from fidelity_products import Errors, summary  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cosmos_fast import ops, reference  # noqa: E402
@@ -83,7 +83,9 @@ class Layers:
     own: Any
     names: dict[int, str] = field(default_factory=dict)
     active: bool = False
-    found: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    step: int = -1
+    found: Errors = field(default_factory=dict)
+    steps: Errors = field(default_factory=dict)
 
     def __call__(self, qkv: Tensor, q_gain: Tensor, *rest: Any) -> Tensor:
         out = exact(qkv, q_gain, *rest)
@@ -100,13 +102,7 @@ class Layers:
     def _note(self, way: str, name: str, out: Tensor, true: Tensor) -> None:
         error = float((out.float().view_as(true) - true).norm() / true.norm())
         self.found.setdefault(way, {}).setdefault(name, []).append(error)
+        self.steps.setdefault(way, {}).setdefault(str(self.step), []).append(error)
 
     def summary(self) -> dict[str, Any]:
-        """For each way: mean over layers and steps, the worst layer, each layer's mean."""
-        table = {}
-        for way, layers in self.found.items():
-            by_layer = {name: fmean(values) for name, values in layers.items()}
-            worst = max(by_layer, key=lambda name: by_layer[name])
-            table[way] = {"mean": fmean(by_layer.values()), "worst": by_layer[worst], "worst_layer": worst,
-                          "by_layer": by_layer}  # fmt: skip
-        return table
+        return summary(self.found, self.steps)

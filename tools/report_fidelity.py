@@ -1,4 +1,4 @@
-"""What tools/report.py says of 8-bit recipes: the `fidelity`, `layers` and `calls` of a record of tools/fidelity.py."""
+"""What tools/report.py says of 8-bit recipes: the clips, goals, layers, products and calls of a record of tools/fidelity.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 TITLES = {
     "attention": "8-bit attention", "linear": "8-bit linears", "fp8": "both",
-    "scheduled": "both, attention in bf16 at the first 20 % and last 10 % of the steps",
+    "scheduled": "both, attention in bf16 at the first 20 % and last 10 % of the steps", "te": "linears of Transformer Engine",
     "other library": "yardstick: exact, another attention library", "other seed": "yardstick: exact, another seed",
 }  # fmt: skip
 Table = tuple[list[str], list[list[str]]]
 
 
 def tables(record: Mapping[str, Any]) -> Iterator[Table]:
-    """(head, rows): videos beside exact ones, then the error of self-attention by way of making codes."""
+    """(head, rows): videos beside exact ones, then the errors of layers by way of making codes, and of calls."""
     head = [f"{record['clips']} held-out clips, against exact", "PSNR dB", "worst clip", "worst frame", "SSIM",
             "latent, relative", "largest change of a control measure, %"]  # fmt: skip
     rows = []
@@ -24,20 +24,42 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
         rest = f"{row['ssim']:.4f}", f"{row['latent']:.1e}", f"{100 * max(changes):.2f}" if changes else "–"
         rows.append([TITLES.get(name, name), *decibels, *rest])
     yield head, rows
-    if layers := record.get("layers"):
-        cells = [[way, f"{row['mean']:.2e}", f"{row['worst']:.2e}", row["worst_layer"]] for way, row in layers.items()]  # fmt: skip
-        yield ["self-attention, relative error by way of making codes", "mean", "worst layer", "which"], cells
+    for key, what in (("layers", "self-attention"), ("products", "linear layers")):
+        if found := record.get(key):
+            cells = [
+                [way, f"{row['mean']:.2e}", f"{row['worst']:.2e}", row["worst_layer"]]
+                for way, row in found.items()
+            ]
+            yield [f"{what}, relative error by way of making codes", "mean", "worst layer", "which"], cells
     if calls := record.get("calls"):
         keys = list(next(iter(calls.values())))
-        cells = [[TITLES.get(name, name), *(f"{row[key]:.2e}" for key in keys)] for name, row in calls.items()]  # fmt: skip
+        cells = [
+            [TITLES.get(name, name), *(f"{row[key]:.2e}" if key in row else "–" for key in keys)]
+            for name, row in calls.items()
+        ]
         yield ["one call, relative error", *keys], cells
+
+
+def verdict(goals: list[Mapping[str, Any]]) -> str:
+    """Which goals are met, with their values, and which are missed."""
+
+    def told(passed: bool) -> str:
+        return ", ".join(
+            f"{g['metric']} {g['value']:.3g} ({g['rule']} {g['goal']:g})"
+            for g in goals
+            if g["passed"] == passed
+        )
+
+    parts = [f"{title}: {text}." for title, ok in (("Met", True), ("Missed", False)) if (text := told(ok))]
+    return " ".join(parts)
 
 
 def shown(results: Any, table: Callable[..., str], note: Callable[..., str]) -> str | None:
     """The newest record of a GPU as tables."""
     if (found := results.own("fidelity", "fidelity")) is None:
         return None
-    return "\n\n".join([*(table(*one) for one in tables(found[1])), note(*found[:2])])
+    parts = [*(table(*one) for one in tables(found[1])), verdict(found[1].get("goals", [])), note(*found[:2])]
+    return "\n\n".join(part for part in parts if part)
 
 
 def figures(results: Any) -> Iterator[tuple[str, float, str, str, dict[str, float]]]:
