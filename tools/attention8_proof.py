@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from cosmos_fast import reference, testing  # noqa: E402
 from cosmos_fast.ops_attention8 import Codes  # noqa: E402
+from cosmos_fast.ops_tiles import estimated_tiles  # noqa: E402
 
 SECTIONS = ("sustained", "errors", "lengths", "memory", "sparse", "activations")
 SHARES = (0.5, 0.35, 0.2, 0.1, 0.05, 0.03, 0.02)
@@ -257,6 +258,8 @@ def sparse(version: Version, dense: Version, length: int, seconds: float) -> Rec
     c = codes_of(length, length, HEADS)
     room = results(c)
     dense_ms, _ = timed(lambda: dense.launch(c, *room), seconds)
+    filled, runs = timed(lambda: estimated_tiles(c, share=0.35, mass=0.95), seconds)
+    yield {"section": "sparse", "name": "filling the lists", "ms": filled, "runs": runs}
     for ascending in (True, False):
         for share in SHARES if ascending else SHARES[:3]:
             yield {"start": f"sparse {share}", "patience": 5}
