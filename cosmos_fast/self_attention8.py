@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops_attention8
+from . import dispatch, ops_attention8, ops_tiles
 from .formats import EnvironmentProblem
 from .recipe import Recipe
 from .self_attention import SelfAttention
@@ -33,6 +33,25 @@ class Fp8:
         pack = ops_attention8.wants_packed(qkv.device)
         codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate, pack=pack)
         return ops_attention8.attention_fp8(codes, qkv.dtype).flatten(1)
+
+
+@dataclass(frozen=True)
+class SparseFp8:
+    """`Fp8` over the key tiles that `ops_tiles.estimated_tiles` keeps of each layer's own codes. No recipe asks for it.
+
+    share, mass: of the tiles and of the estimated weight; see there. rotate: as in `Fp8`.
+    """
+
+    share: float = 1.0
+    mass: float = 1.0
+    rotate: bool = True
+
+    def __call__(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Tensor:
+        codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate, pack=True)
+        tiles = ops_tiles.estimated_tiles(codes, self.share, self.mass)
+        return ops_tiles.attention_fp8_tiles(codes, tiles, qkv.dtype)[0].flatten(1)
 
 
 def fp8(device: torch.device) -> Fp8:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast import attention8, ops_attention8, reference, testing
+from cosmos_fast import attention8, ops_attention8, reference, self_attention, testing
 from cosmos_fast.dispatch import TABLE
 from cosmos_fast.ops_attention8 import Codes
 from cosmos_fast.ops_tiles import KeyTiles, attention_fp8_tiles, estimated_tiles, merged
 from cosmos_fast.packing import TILE_KEYS, TILE_QUERIES
+from cosmos_fast.self_attention8 import SparseFp8
 
 testing.kernels_from_checkout()
 N, K = 2, 64
@@ -165,6 +166,21 @@ def test_lists_of_another_shape_are_refused(change: str) -> None:
         (ValueError, RuntimeError), match="attention_fp8_tiles: key_tiles must be contiguous int32"
     ):
         attention_fp8_tiles(c, KeyTiles(*lists))
+
+
+def test_a_layer_attends_to_the_tiles_it_keeps() -> None:
+    L = 400
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randn(L, 3 * N * K, generator=draw)
+    qkv[:, : 2 * N * K] += 2 * torch.randn(5, 2 * N * K, generator=draw).repeat_interleave(
+        80, 0
+    )  # tokens come in kinds
+    angle = torch.zeros(L, K // 2)
+    given = qkv, torch.ones(K), torch.ones(K), angle.cos(), angle.sin()
+    exact = self_attention.exact(*given, 0).double()
+    errors = [testing.rel_error(SparseFp8(share=share)(*given, 0), exact) for share in (1.0, 0.6, 0.2)]
+    assert errors[0] < 0.06 and errors[0] < errors[1] < errors[2]
+    assert testing.rel_error(SparseFp8(mass=0.99)(*given, 0), exact) < errors[2]
 
 
 # --- how a kernel is chosen ---
