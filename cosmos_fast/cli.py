@@ -81,7 +81,12 @@ def main() -> None:
 @text_options
 @with_maker_options
 @guard_options
-@click.option("--recipe", default="exact", show_default=True, help="Precision: exact (bf16), fp32 or fp8.")
+@click.option(
+    "--recipe",
+    default="exact",
+    show_default=True,
+    help="Precision: exact (bf16), fp32, fp8, fp8_linear or fp8_vae.",
+)
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
 @click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")
 @click.option(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import controls, models, quant, sampler
+from . import controls, models, quant, sampler, vae_fp8
 from .chunking import (
     Chunk,
     conditional_latents,
@@ -356,12 +356,15 @@ class Engine:
         return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)
 
     def _load_vae(self, path: Path) -> VAE:
+        if self.recipe.vae == "fp8":
+            vae_fp8.prove(self.device)
         state = models.vae_state(path, self.dtype, self.device)
         with torch.device("meta"):
             vae = VAE(VAEConfig(base=state["encoder.conv1.weight"].shape[0]))
         vae.load_state_dict(state, strict=True, assign=True)
         vae = vae.eval().requires_grad_(False)
-        return channels_last_(vae) if self.device.type == "cuda" else vae
+        vae = channels_last_(vae) if self.device.type == "cuda" else vae
+        return vae_fp8.in_8_bits(vae) if self.recipe.vae == "fp8" else vae
 
     @staticmethod
     def _open_text(

@@ -14,12 +14,14 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "dtype": ("bf16", "fp32"),
     "linear": ("bf16", "fp8", "fp8_te"),
     "attention": ("bf16", "fp8"),
+    "vae": ("bf16", "fp8"),
 }
 _PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"dtype": "bf16"},
     "fp32": {"dtype": "fp32"},
     "fp8": {"dtype": "bf16", "linear": "fp8", "attention": "fp8"},
     "fp8_linear": {"dtype": "bf16", "linear": "fp8"},
+    "fp8_vae": {"dtype": "bf16", "vae": "fp8"},
 }
 
 
@@ -35,6 +37,7 @@ class Recipe:
     dtype: arithmetic of weights and activations, "bf16" (as the models were published) or "fp32".
     linear: the linear layers of the blocks, "bf16" for "in `dtype`, not quantised", "fp8", or "fp8_te" for those of
     Transformer Engine; 8 bits need dtype "bf16". attention: self-attention, "bf16" for the same, or "fp8".
+    vae: convs of the video VAE's residual blocks, "bf16" for the same, or "fp8".
     attention_head, attention_tail: shares of the steps, the first and the last ones, that attend in `dtype` all the same.
     Raises ValueError for any other value.
     """
@@ -43,6 +46,7 @@ class Recipe:
     dtype: str = "bf16"
     linear: str = "bf16"
     attention: str = "bf16"
+    vae: str = "bf16"
     attention_head: float = 0.0
     attention_tail: float = 0.0
 
@@ -53,8 +57,9 @@ class Recipe:
             value = getattr(self, key)
             if value not in allowed:
                 raise ValueError(f"recipe: {key} must be one of {', '.join(allowed)}, got {value!r}.")
-        if self.linear != "bf16" and self.dtype != "bf16":
-            raise ValueError(f"recipe: linear must be bf16 where dtype is {self.dtype}, got {self.linear!r}.")
+        for key in ("linear", "vae"):
+            if (value := getattr(self, key)) != "bf16" and self.dtype != "bf16":
+                raise ValueError(f"recipe: {key} must be bf16 where dtype is {self.dtype}, got {value!r}.")
         shares = self.attention_head, self.attention_tail
         if not all(type(x) in (int, float) and x >= 0 for x in shares) or sum(shares) > 1:
             rule = "attention_head and attention_tail must be shares of the steps that do not overlap"

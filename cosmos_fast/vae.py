@@ -54,15 +54,17 @@ class Stream:
         self._keep = keep
         self._past: dict[nn.Module, Tensor] = {}
 
-    def past(self, layer: nn.Module, x: Tensor, frames: int = 2) -> Tensor | None:
+    def past(
+        self, layer: nn.Module, x: Tensor, frames: int = 2, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         """The history of `layer`, (B, C, frames, H, W), zeros at the start; None where nothing is kept.
 
-        Whoever takes it writes the next history into it.
+        Whoever takes it writes the next history into it. dtype: by default that of x.
         """
         if not self._keep:
             return None
         if layer not in self._past:
-            self._past[layer] = frames_like(x, (*x.shape[:2], frames, *x.shape[3:])).zero_()
+            self._past[layer] = frames_like(x, (*x.shape[:2], frames, *x.shape[3:]), dtype).zero_()
         return self._past[layer]
 
     def remember(self, layer: nn.Module, frames: Tensor) -> None:
@@ -94,11 +96,10 @@ def norm_conv(
     parts: nn.ModuleDict, norm: str, conv: str, x: Tensor, stream: Stream, residual: Tensor | None = None
 ) -> Tensor:
     """conv(silu(rms(x))) with history, + residual."""
-    gamma, layer = cast(Norm, parts[norm]).gamma, parts[conv]
-    past = stream.past(layer, x)
-    padded = ops_vae.norm_silu(x, gamma, past, past)
+    layer = cast(CausalConv, parts[conv])
+    normed = layer.normed(x, cast(Norm, parts[norm]).gamma, stream)
     del x  # the last reference when calls are nested: frees it before the conv allocates
-    return layer(padded, residual)
+    return layer(normed, residual)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -125,6 +126,11 @@ class CausalConv(Conv):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__(width, out, 3)
+
+    def normed(self, x: Tensor, gamma: Tensor, stream: Stream) -> Tensor:
+        """What `forward` takes behind a norm: history, then silu(rms(x)), zeros around every frame."""
+        past = stream.past(self, x)
+        return ops_vae.norm_silu(x, gamma, past, past)
 
 
 class FirstConv(CausalConv):

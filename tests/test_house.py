@@ -34,7 +34,7 @@ LAYERS: dict[int, tuple[str, str]] = {
         "network vae text text_cache depth segmentation tiny_style style guardrails",
         "context exchange reason1 text_layers clip_maker depth_network segment_networks guardrails_text guardrails_frames guardrails_faces",
     ),
-    5: ("sampler cache graphs", "vae_strips readback"),
+    5: ("sampler cache graphs", "vae_strips vae_fp8 readback"),
     6: (
         "engine",
         "planning clip_plan clip_parts layout inputs reading vae_stage vae_split costs models makers",

@@ -8,10 +8,19 @@ from cosmos_fast.recipe import Plan, Recipe
 
 
 def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
-    formats = "dtype='bf16', linear='bf16', attention='bf16', attention_head=0.0, attention_tail=0.0"
+    formats = (
+        "dtype='bf16', linear='bf16', attention='bf16', vae='bf16', attention_head=0.0, attention_tail=0.0"
+    )
     assert str(Recipe.exact()) == f"Recipe(name='exact', {formats})"
     assert Recipe() == Recipe.exact() and Recipe.fp32().to_dict()["dtype"] == "fp32"
-    for bad in ({"dtype": "fp16"}, {"linear": "int4"}, {"attention": "int8"}, {"name": ""}):
+    for bad in (
+        {"dtype": "fp16"},
+        {"linear": "int4"},
+        {"attention": "int8"},
+        {"vae": "int8"},
+        {"vae": "fp8", "dtype": "fp32"},
+        {"name": ""},
+    ):
         with pytest.raises(ValueError, match=f"recipe: {next(iter(bad))} must be"):
             Recipe(**bad)
     with pytest.raises(ValueError, match="one of exact, fp32"):

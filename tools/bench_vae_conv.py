@@ -35,7 +35,6 @@ from cosmos_fast import testing  # noqa: E402
 
 testing.kernels_from_checkout()
 
-from cosmos_fast.kernels import convolution as conv  # noqa: E402
 from cosmos_fast.kernels import norm_silu as norm  # noqa: E402
 from cosmos_fast.kernels.conv_tiles import FASTEST, Tiles  # noqa: E402
 from cosmos_fast.kernels.launch import Config  # noqa: E402
