@@ -101,6 +101,10 @@ class Bench:
         """Clock, power and temperature of every GPU while `label` ran."""
         return self.world.hear(self.watch.summary(label))
 
+    def left_s(self) -> float:
+        """Until the whole run is ended."""
+        return float(self.args.deadline_s - (time.time() - self.record["started"]))
+
     def save(self) -> None:
         if self.ranks.rank == 0:
             write(self.args.out, self.record)
@@ -224,6 +228,9 @@ class Bench:
             found[name] = {"runs_s": [], "first_s": first_s}
         self.record["distilled"] = found
         for turn in range(CLIP_ROUNDS):
+            again_s = sum(row["runs_s"][-1] for row in found.values()) if turn else 0.0
+            if turn and self.world.tell(self.left_s() < 1.2 * again_s + 5):
+                break
             for name in list(found) if turn % 2 == 0 else reversed(list(found)):
                 row = found[name]
                 row["runs_s"].append(self.timed(partial(run, name, 4), f"clip {name}", alone=name == "one"))
@@ -357,11 +364,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(wanted) - set(LIMITS_S):
         parser.error(f"--only: sections are {', '.join(LIMITS_S)}, got {', '.join(sorted(unknown))}")
     if "RANK" in os.environ:
+        if args.files is None:
+            parser.error("must be started alone, not by torchrun: it starts its two ranks itself")
         return rank(args, wanted)
     until = time.monotonic() + args.deadline_s
     record: dict[str, Any] = {
         "kind": "scaling", "environment": environment(args.commit),
-        "args": {k: str(v) for k, v in vars(args).items() if k not in ("out", "files")}, "sections": {}, "loops": {},
+        "args": {k: str(v) for k, v in vars(args).items() if k not in ("out", "files")}, "sections": {}, "loops": {}, "started": time.time(),
     }  # fmt: skip
     out = destination(args.out, record["environment"], "scaling")
     write(out, record)
