@@ -1,11 +1,13 @@
 """8-bit attention at production shape: is it right, how fast is each library, what do its operands cost?
 
-    python tools/bench_fp8_attention.py OUT.json [--deadline-s 90] [--grid 24,88,160] [--sustain-s 0] [--smoke]
+    python tools/bench_fp8_attention.py OUT [--only producers,errors] [--deadline-s 90] [--grid 24,88,160] [--sustain-s 0]
+    python tools/bench_fp8_attention.py OUT.json --smoke      a small run on the CPU, emulated
 
 First every implementation on inputs that are hard for 8 bits, against fp64 on sampled rows: relative error of bf16, of
 naive codes (one step per tensor, nothing removed), of ours with and without rotation. Then times in turn, on one layer
-of the published 2B network: attention in TFLOP/s, producers and epilogue in ms. One line per result as it comes; what
-fails is recorded with what it said, and the run goes on. --smoke: a small run on the CPU, emulated.
+of the published 2B network: attention in TFLOP/s, producers and epilogue in ms, every launch choice of them, and at the end
+the best ones as the constants to set in kernels/qkv_codes.py. One line per result as it comes; what fails is recorded with
+what it said, and the run goes on. OUT: a .json file, or the folder bench/results.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tools")]
 
 import torch  # noqa: E402
-from records import environment  # noqa: E402
+from fp8_producers import Calls, producers  # noqa: E402
+from records import destination, environment  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cosmos_fast import ops, ops_attention8, self_attention, testing  # noqa: E402
@@ -41,8 +44,8 @@ ROWS = 48
 KINDS = ("gaussian", "shifted", "peaked", "outliers")
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Calls = dict[str, Callable[[], Any]]
 Codes = ops_attention8.Codes
+T = TypeVar("T")
 
 
 class Run:
@@ -64,18 +67,24 @@ class Run:
 
     @contextmanager
     def trial(self, name: str) -> Iterator[None]:
-        """Note a failure with its text and go on; skip what is left once the time is up."""
+        """Note a failure with its text and go on."""
         try:
-            if time.perf_counter() > self.end:
-                raise TimeoutError("no time left")
             yield
         except Exception as error:
             self.record["failures"][name] = f"{type(error).__name__}: {error}"[:1500]
             print(f"FAILED {name}: {self.record['failures'][name]}", flush=True)
-            if not isinstance(error, TimeoutError | LookupError):
+            if not isinstance(error, LookupError):
                 traceback.print_exc(limit=-4)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def in_time(self, what: str, items: Iterable[T]) -> Iterator[T]:
+        """The items, until the time is up."""
+        for item in items:
+            if time.perf_counter() > self.end:
+                self.record["failures"][what] = "no time left"
+                return
+            yield item
 
     def sync(self) -> float:
         if self.device.type == "cuda":
@@ -85,7 +94,7 @@ class Run:
     def once(self, what: str, calls: Calls) -> Calls:
         """Those of the calls that return."""
         good = {}
-        for name, call in calls.items():
+        for name, call in self.in_time(what, calls.items()):
             with self.trial(f"{what} {name}"):
                 call()
                 self.sync()
@@ -189,7 +198,7 @@ def backends(run: Run) -> list[str]:
 
 def errors(run: Run, names: list[str]) -> None:
     rows = torch.linspace(0, run.L - 1, ROWS, device=run.device).long()
-    for kind in KINDS:
+    for kind in run.in_time("errors", KINDS):
         with run.trial(f"errors {kind}"):
             errors_of(run, names, kind, rows)
 
@@ -208,7 +217,7 @@ def errors_of(run: Run, names: list[str], kind: str, rows: Tensor) -> None:
     made = {"naive": partial(naive, q, k, v)}
     made["smoothed"] = partial(ops_attention8.qkv_codes, *given, rotate=False)
     made["rotated"] = partial(ops_attention8.qkv_codes, *given, rotate=True)
-    for label, make in made.items():
+    for label, make in run.in_time(f"errors {kind}", made.items()):
         with run.trial(f"{kind} codes {label}"):
             codes = make()
             for name in names:
@@ -241,7 +250,7 @@ def attention_times(run: Run, names: list[str], rounds: int, sustain_s: float) -
     layers: Calls = {"exact layer": lambda: self_attention.exact(*given, 0)}
     layers |= {f"{name} fp8 layer": partial(layer, name) for name in names}
     tell_attention(run, "with producers", layers, max(rounds // 2, 1))
-    for name, call in calls.items() if sustain_s else ():
+    for name, call in run.in_time("sustained", calls.items() if sustain_s else ()):
         with run.trial(f"sustained {name}"):
             begin, count, seen = run.sync(), 0, []
             while run.sync() - begin < sustain_s:
@@ -268,49 +277,10 @@ def tell_attention(run: Run, what: str, calls: Calls, rounds: int) -> Calls:
     return calls
 
 
-def producers(run: Run, rounds: int) -> None:
-    """Every launch choice of the producers, beside the exact one's."""
-    from cosmos_fast.kernels import norm_rope, qkv_codes
-    from cosmos_fast.kernels.launch import Config
-
-    given = run.inputs("gaussian")
-    moments = ops_attention8.qkv_moments(*given)
-    raw = torch.randn(run.L, run.N, run.K, device=run.device, dtype=torch.bfloat16)
-    eps, wide = ops.EPS, [(b, w) for b in (32, 64, 128, 256) for w in (2, 4, 8, 16)]
-    narrow = [(b, w) for b in (1, 2, 4, 8) for w in (1, 2, 4, 8) if b * 8 >= w]
-
-    def codes(rotate: bool, pack: bool, **config: Any) -> Callable[[], Any]:
-        return partial(qkv_codes.qkv_codes, *given, *moments, rotate, pack, eps, **config)
-
-    sums = partial(qkv_codes.qkv_moments, *given, eps)
-    restored = partial(qkv_codes.values_restored, raw, moments[2], moments[1])
-    groups: dict[str, Calls] = {
-        "defaults": {
-            "qk_norm_rope": lambda: norm_rope.qk_norm_rope(*given, eps), "qkv_moments": sums,
-            "qkv_codes": codes(False, False), "qkv_codes rotated": codes(True, False),
-            "qkv_codes rotated packed": codes(True, True), "values_restored": restored,
-        },
-        "rotated": {f"{b}/{w}": codes(True, False, config=Config(b, w)) for b, w in narrow},
-        "qkv_moments": {f"{b}/{w}": partial(sums, config=Config(b, w)) for b, w in wide if b >= 64},
-        "v": {f"{b}/{w}": codes(True, False, v_config=Config(b, w)) for b, w in wide},
-        "v packed": {f"{b}/{w}": codes(True, True, v_config=Config(b, w)) for b, w in wide},
-        "unrotated": {f"{b}/{w}": codes(False, False, config=Config(b, w)) for b, w in narrow if b <= 4},
-        "values_restored": {f"{b}/{w}": partial(restored, config=Config(b, w)) for b in (4, 8, 16, 32) for w in (4, 8, 16)},
-    }  # fmt: skip
-    for group, calls in groups.items():
-        with run.trial(f"producers {group}"):
-            found = run.times_ms(run.once(f"producer {group}", calls), rounds)
-            run.record["producers"][group] = found
-            best = (
-                sorted(found.items(), key=lambda item: item[1])[:6] if group != "defaults" else found.items()
-            )
-            print(f"producer {group}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in best), flush=True)
-
-
 def checks(run: Run, names: list[str]) -> None:
     """Every implementation on the small cases, against its reference."""
     for op in ("qkv_moments", "qkv_codes", "values_restored", "attention_fp8"):
-        for case in testing.CASES[op]:
+        for case in run.in_time(f"checks {op}", testing.CASES[op]):
             if case.group == "production":
                 continue
             args = testing.inputs(op, case, run.device, torch.bfloat16)
@@ -327,9 +297,13 @@ def checks(run: Run, names: list[str]) -> None:
     print(f"{len(run.record['checks'])} checks, {wrong} wrong", flush=True)
 
 
+SECTIONS = ("errors", "attention", "producers", "checks")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections in order, separated by commas")
     parser.add_argument("--deadline-s", type=float, default=90)
     parser.add_argument("--grid", default="24,88,160", help="latent frames, rows, columns")
     parser.add_argument("--rounds", type=int, default=7)
@@ -339,8 +313,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="commit to record where git cannot tell")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(argv)
+    wanted = args.only.split(",")
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     testing.kernels_from_checkout()
     run = Run(args)
+    out = destination(args.out, run.record["environment"], "fp8-attention")
     print(json.dumps(run.record["environment"]), flush=True)
     with torch.inference_mode():
         names = backends(run)
@@ -349,13 +327,13 @@ def main(argv: list[str] | None = None) -> int:
             "attention": partial(attention_times, run, names, args.rounds, args.sustain_s),
             "producers": partial(producers, run, args.rounds), "checks": partial(checks, run, names),
         }  # fmt: skip
-        for name, section in sections.items():
+        for name in run.in_time("sections", wanted):
             if args.smoke and name == "producers":
                 continue  # kernels alone
             with run.trial(name):
-                section()
-            args.out.write_text(json.dumps(run.record, indent=1) + "\n", encoding="utf-8")
-    print(f"{args.out}: {len(run.record['failures'])} failures, {run.end - time.perf_counter():.0f} s left")
+                sections[name]()
+            out.write_text(json.dumps(run.record, indent=1) + "\n", encoding="utf-8")
+    print(f"{out}: {len(run.record['failures'])} failures, {run.end - time.perf_counter():.0f} s left")
     return 0
 
 

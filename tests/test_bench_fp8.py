@@ -1,0 +1,140 @@
+"""tools/bench_fp8.py and bench_fp8_attention.py: what they record, and that what a machine lacks or has no time for costs no more."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
+
+import bench_fp8  # noqa: E402
+import bench_fp8_attention  # noqa: E402
+import fp8_linears  # noqa: E402
+import fp8_producers  # noqa: E402
+import report  # noqa: E402
+
+from cosmos_fast import te_linears  # noqa: E402
+
+
+def test_a_call_by_recipe_and_what_this_machine_lacks(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "gpu-x" / "a.json"
+    out.parent.mkdir(parents=True)
+    options = ("--smoke", "--skip-peers", "--rounds", "1", "--only", "call", "--out", str(out))
+    assert bench_fp8.main(list(options)) == 0
+    record = json.loads(out.read_text())
+    assert {entry["status"] for entry in record["sections"].values()} == {"ok"}
+    recipes = record["call"]["recipes"]
+    assert set(record["call"]["variants"]) == {"exact", "fp8", "fp8_linear"}
+    assert recipes["fp8"]["attention"] == "emulated" and "needs a cuda tensor" in recipes["fp8_fa3"]["error"]
+    assert recipes["exact"]["relative_l2_to_exact"] == 0 < recipes["fp8"]["relative_l2_to_exact"] < 0.1
+    assert recipes["fp8"]["weights_gib"] < 0.6 * recipes["exact"]["weights_gib"]
+    assert set(record["call"]["kernels"]) == {"exact", "fp8"}
+    assert report.figures(report.load(tmp_path / "results")) == {}, "a smoke run is no result"
+    out.write_text(json.dumps(record | {"args": {}}))
+    figures = report.figures(report.load(tmp_path / "results"))
+    assert {"denoiser_call_s.fp8", "denoiser_weights_gib.fp8", "rounding_share.fp8"} <= set(figures)
+
+
+def test_launch_choices_are_named_as_the_constants_to_set() -> None:
+    found = {"q, k": {"4/4": 1.0, "8/8": 0.995, "2/4": 2.0}, "v": {"128/8": 1.0, "64/4": 0.5}, "moments": {}}
+    present = dict.fromkeys(fp8_producers.CONSTANTS, "128/8") | {"q, k": "4/4"}
+    assert fp8_producers.winners(found, present) == [
+        "ROTATED = Config(4, 4)  # 1.000 ms", "VALUES = Config(64, 4)  # 0.500 ms, 128/8 1.000 ms",
+    ]  # fmt: skip
+    from cosmos_fast import testing
+
+    testing.kernels_from_checkout()
+    source = (ROOT / "kernels" / "qkv_codes.py").read_text()
+    assert all(f"\n{name} = Config(" in source for name in fp8_producers.CONSTANTS.values())
+
+
+def test_attention_past_its_time_is_written_and_no_error(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    assert bench_fp8_attention.main([str(out), "--smoke", "--only", "errors", "--deadline-s", "1e-9"]) == 0
+    assert not out.exists(), "nothing was begun"
+    assert bench_fp8_attention.main([str(out), "--smoke", "--only", "attention", "--rounds", "1"]) == 0
+    assert "emulated fp8" in json.loads(out.read_text())["attention"]
+
+
+# --- Transformer Engine, which only a GPU has: its interface, as of 2.20 -------------------------------
+
+
+class FakeLinear(nn.Module):
+    """Keeps fp8 weights where it was made inside `quantized_model_init`, and asks for rows by sixteens."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, params_dtype: torch.dtype, device: Any
+    ) -> None:
+        super().__init__()
+        assert not bias and (state["stored"] is None or not torch.is_grad_enabled())
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=params_dtype, device=device))
+        self.stored, self.told = state["stored"], []
+
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        assert state["inside"] is not None, "outside of a region it computes in bf16"
+        assert x.shape[0] % 16 == 0 and x.is_contiguous()
+        self.told.append(is_first_microbatch)
+        return x @ self.weight.T
+
+
+state: dict[str, Any] = {"stored": None, "inside": None}
+
+
+@contextmanager
+def setting(key: str, value: Any) -> Any:
+    before, state[key] = state[key], value
+    try:
+        yield
+    finally:
+        state[key] = before
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, recipes = (
+        ModuleType("transformer_engine.pytorch"),
+        ModuleType("transformer_engine.common.recipe"),
+    )
+    package.Linear = FakeLinear  # type: ignore[attr-defined]
+    package.autocast = lambda recipe=None: setting("inside", recipe)  # type: ignore[attr-defined]
+    package.quantized_model_init = lambda enabled, recipe: setting("stored", recipe)  # type: ignore[attr-defined]
+    recipes.Float8CurrentScaling = lambda: "current"  # type: ignore[attr-defined]
+    recipes.DelayedScaling = lambda amax_history_len: f"delayed {amax_history_len}"  # type: ignore[attr-defined]
+    support = ModuleType("transformer_engine.pytorch.quantization")
+    support.check_fp8_support = lambda: (True, "")  # type: ignore[attr-defined]
+    for module in (package, recipes, support):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(te_linears, "engine", lambda device: package)
+
+
+def plain() -> nn.Linear:
+    return nn.Linear(32, 48, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def test_layers_of_transformer_engine_store_codes_and_take_any_number_of_rows(engine: None) -> None:
+    layer = plain()
+    one = te_linears.TeLinear(layer)
+    x = torch.randn(21, 32, dtype=torch.bfloat16)
+    assert torch.equal(one(x), layer(x)) and one.inner.stored == "current" and state["inside"] is None
+    assert not one.inner.weight.requires_grad
+
+
+def test_delayed_scaling_settles_before_weights_are_kept(engine: None) -> None:
+    layer = plain()
+    one = fp8_linears.TeDelayed(layer)
+    fp8_linears.delayed_recipe.cache_clear()
+    call = fp8_linears.delayed(lambda: one(torch.ones(16, 32, dtype=torch.bfloat16)))
+    with torch.no_grad():
+        for _ in range(6):
+            call()
+    assert one.inner.told == [True] * 4 + [False] * 2 and one.inner.stored is None
+    fp8_linears.delayed_recipe.cache_clear()
