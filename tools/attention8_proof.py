@@ -170,7 +170,7 @@ def errors(options: argparse.Namespace, ways: dict[str, Attend8]) -> Records:
     run = layers.Run(options)
     rows = torch.linspace(0, run.L - 1, layers.ROWS, device=run.device).long()
     for kind in layers.KINDS:
-        yield {"start": f"errors {kind}", "patience": 20}
+        yield {"start": f"errors {kind}", "patience": 45}
         given = run.inputs(kind)
         q, k, v = ops.qk_norm_rope(*given)
         exact = layers.exact_rows(q, k, v, rows)
@@ -387,7 +387,7 @@ def prove(dense: Version, listed: Version | None, options: argparse.Namespace, s
             yield {"section": name, "name": "not begun", "ok": False, "fault": "no time left"}
             continue
         begin = time.monotonic()
-        yield {"start": name, "patience": 20}
+        yield {"start": name, "patience": 60}
         try:
             with torch.inference_mode():
                 yield from makers[name]()
