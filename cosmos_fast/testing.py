@@ -62,11 +62,11 @@ EQUAL = frozenset({"patchify", "unpatchify", "pixels", "normalized"})
 RATIO, FLOOR = 2.0, 1e-6
 """An implementation may err twice as much against fp64 as the reference in the same dtype, plus FLOOR."""
 
-EIGHT_BIT = {"attention_fp8": (0.04, 0.04), "attention_fp8_tiles": (0.04, 0.04), "linear_fp8": (4e-3, 8e-3), "linear_gelu_fp8": (1e-3, 8e-3),
+EIGHT_BIT = {"attention_fp8": (0.04, 0.04), "attention_fp8_tiles": (0.04, 0.07), "linear_fp8": (4e-3, 8e-3), "linear_gelu_fp8": (1e-3, 8e-3),
              "conv3d_fp8": (4e-3, 8e-3)}  # fmt: skip
 """Ops that multiply codes: allowed relative error against fp64, and of the worst value as a share of the largest.
 
-Rounding softmax weights to e4m3 leaves 0.026 where values are independent. A product of codes errs by the tensor cores'
+Rounding softmax weights to e4m3 leaves 0.026 where values are independent, 0.06 at worst where a list has few keys. A product of codes errs by the tensor cores'
 sums of some 14 bits and by roundings to bf16, of the result and of the bias: 1.7e-3 each, 2**-8 at worst.
 """
 

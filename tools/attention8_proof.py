@@ -185,8 +185,8 @@ def errors(options: argparse.Namespace, ways: dict[str, Attend8]) -> Records:
                     found[label] = relative(attend(*operands)[rows].view_as(exact), exact)
                 except Exception as error:
                     found[label] = f"{type(error).__name__}: {error}"[:160]
-        peer = found.get("fa3 rotated")
-        ok = None if not isinstance(peer, float) else found["own rotated"] <= 1.02 * peer
+        pair = [found.get(f"{name} rotated") for name in ("own", "fa3")]
+        ok = pair[0] <= 1.02 * pair[1] if all(isinstance(x, float) for x in pair) else None
         yield {"section": "errors", "name": kind, "relative": found, "ok": ok}
 
 

@@ -34,6 +34,7 @@ from records import environment
 
 from cosmos_fast import _native, reference, testing
 from cosmos_fast.dispatch import TABLE
+from cosmos_fast.packing import TILE_KEYS, TILE_QUERIES
 
 LAUNCHES = 15
 L2_MULTIPLE = 3
@@ -55,6 +56,8 @@ FLOP["conv3d"] = lambda x, w, b, residual, stride: (
 FLOP["conv_half"] = lambda x, w, b: 2 * w.numel() * x[:, 0].numel() // 4
 FLOP["conv_double"] = lambda x, w, b: 2 * w.numel() * x[:, 0].numel() * 4
 FLOP["linear_gelu_fp8"] = lambda a, a_steps, steps, w, *_: 2 * a.shape[0] * a.shape[1] * w.shape[0]
+FLOP["attention_fp8"] = lambda q, k, *_: 4 * q.numel() * k.shape[0]
+FLOP["attention_fp8_tiles"] = lambda q, *rest: 4 * TILE_QUERIES * TILE_KEYS * q.shape[2] * int(rest[-1].sum())
 """Ops bound by arithmetic: how much of it they need, GELU and norms left out."""
 
 GEMM = 8192
