@@ -66,8 +66,9 @@ EIGHT_BIT = {"attention_fp8": (0.04, 0.04), "attention_fp8_tiles": (0.04, 0.07),
              "conv3d_fp8": (4e-3, 8e-3)}  # fmt: skip
 """Ops that multiply codes: allowed relative error against fp64, and of the worst value as a share of the largest.
 
-Rounding softmax weights to e4m3 leaves 0.026 where values are independent, 0.06 at worst where a list has few keys. A product of codes errs by the tensor cores'
-sums of some 14 bits and by roundings to bf16, of the result and of the bias: 1.7e-3 each, 2**-8 at worst.
+Rounding softmax weights to e4m3 leaves 0.026 where values are independent, 0.06 at worst where a list has few keys. A
+product of codes errs by the tensor cores' sums of some 14 bits and by roundings to bf16, of the result and of the bias:
+1.7e-3 each, 2**-8 at worst.
 """
 
 ROUNDINGS = {("norm_silu", "composed"): 3, ("attention_fp8", "cudnn"): 2}
