@@ -21,6 +21,8 @@ MOVED_BYTES = 1 << 20
 """Bytes in and out that are no mere signs of life: beating and asking here take some kB a second."""
 PATIENT = ("torch.distributed", "filelock", "subprocess")
 """Packages whose calls wait for other processes: exchanges, downloads that another rank does, compilers."""
+EXCHANGE = f"{__package__}.parallel"
+"""Waits for other ranks where it calls no Python itself; what it calls may be a rank's own work, which may hang."""
 _TICKS_PER_S = 100.0  # USER_HZ, the same on every Linux
 
 
@@ -43,7 +45,7 @@ class Motion:
         }
         cpu_s, moved = _cpu_s(me), _bytes()
         main = frames.get(threading.main_thread().ident or 0)
-        waits = waits or any(_is_patient(frame) for frame in _stack(main))
+        waits = waits or _is_waiting(main)
         works = cpu_s - self._cpu_s > BUSY * (now - self._at)
         if waits or works or places != self._places or moved - self._bytes > MOVED_BYTES:
             self._places, self._bytes, self._moved_at = places, moved, now
@@ -64,8 +66,10 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_patient(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(PATIENT)
+def _is_waiting(frame: FrameType | None) -> bool:
+    """Whether a thread, by its innermost frame, waits for another process."""
+    names = [str(f.f_globals.get("__name__", "")) for f in _stack(frame)]
+    return names[:1] == [EXCHANGE] or any(name.startswith(PATIENT) for name in names)
 
 
 def _cpu_s(but: int) -> float:

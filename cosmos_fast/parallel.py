@@ -29,6 +29,10 @@ TIMEOUT_S = 1800.0
 """Longest wait for another rank. The longest honest one is for the first rank to read the prompts of a batch."""
 
 
+_joined_s = TIMEOUT_S
+"""That of the world this process has joined."""
+
+
 # --- who ---------------------------------------------------------------------------------------------
 
 
@@ -285,8 +289,11 @@ class Mesh:
         device = ranks.device(plan.device)
         if not dist.is_initialized():
             join(ranks, device, timeout_s=timeout_s)
+        timeout = timedelta(seconds=_joined_s)  # a group does not take that of its world by itself
         rows = [list(range(c * plan.context, (c + 1) * plan.context)) for c in range(plan.cfg)]
-        context, cfg = _axis(ranks.rank, rows), _axis(ranks.rank, [list(column) for column in zip(*rows)])
+        context, cfg = (
+            _axis(ranks.rank, axis, timeout) for axis in (rows, [list(column) for column in zip(*rows)])
+        )
         return cls(ranks, device, Group(ranks.rank, ranks.size, dist.group.WORLD), context, cfg)
 
     @property
@@ -304,6 +311,8 @@ def join(
     ranks: Ranks, device: torch.device, *, timeout_s: float = TIMEOUT_S, store: dist.Store | None = None
 ) -> None:
     """Meet the other ranks, by default where MASTER_ADDR and MASTER_PORT say. store: what this world alone uses."""
+    global _joined_s
+    _joined_s = timeout_s
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -317,9 +326,9 @@ def join(
     )
 
 
-def _axis(rank: int, rows: list[list[int]]) -> Group:
+def _axis(rank: int, rows: list[list[int]], timeout: timedelta) -> Group:
     """This rank's row as a group. Every rank must make every row, in the same order."""
-    handles = [dist.new_group(row) if len(row) > 1 else None for row in rows]
+    handles = [dist.new_group(row, timeout=timeout) if len(row) > 1 else None for row in rows]
     row, handle = next((row, handle) for row, handle in zip(rows, handles, strict=True) if rank in row)
     return Group(row.index(rank), len(row), handle)
 

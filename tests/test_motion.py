@@ -82,6 +82,20 @@ def test_work_in_another_thread_counts() -> None:
     other.join()
 
 
+def module(name: str) -> dict[str, Callable[..., object]]:
+    """A module of that name, with a wait and a call of something else."""
+    found: dict[str, object] = {"__name__": name, "time": time}
+    exec(f"def wait(): time.sleep({1.2 * SAMPLES * PAUSE_S})\ndef call(work): work()", found)
+    return found  # type: ignore[return-value]
+
+
+def test_an_exchange_waits_but_what_it_calls_may_hang() -> None:
+    assert stillness(module("cosmos_fast.parallel")["wait"]) < 2 * PAUSE_S
+    assert stillness(module("torch.distributed.distributed_c10d")["wait"]) < 2 * PAUSE_S
+    hangs = module("cosmos_fast.engine")["wait"]
+    assert stillness(lambda: module("cosmos_fast.parallel")["call"](hangs)) > (SAMPLES - 2) * PAUSE_S
+
+
 def test_who_waits_is_not_still() -> None:
     assert stillness(lambda: time.sleep(1.2 * SAMPLES * PAUSE_S), waits=True) < 2 * PAUSE_S
 

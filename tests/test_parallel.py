@@ -318,9 +318,16 @@ def alone() -> dict[str, np.ndarray]:
     return latents
 
 
+def _timeout_s(group: Group) -> float:
+    assert group.handle is not None
+    return float(group.handle._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+
 def work(context: int, cfg: int) -> dict[str, np.ndarray]:
     """What a rank does in this file: every check of groups and exchange, then every case."""
     mesh = Mesh.open(Plan(device="cpu", context=context, cfg=cfg), timeout_s=60)
+    for group in (mesh.world, mesh.context, mesh.cfg):
+        assert group.size == 1 or _timeout_s(group) == 60
     try:
         check_groups(mesh)
         check_exchange(mesh)
