@@ -148,11 +148,11 @@ class VAEBench(Bench):
         peak = torch.cuda.max_memory_allocated()
         return {"seconds": seconds, "resident_gib": gib(before), "peak_gib": gib(peak)}
 
-    def decode_all(self, z: Tensor, window: int) -> Call:
-        """A decode as a clip makes it: every window is used and dropped."""
+    def decode_all(self, z: Tensor, window: int, vae: VAE | None = None) -> Call:
+        """A decode as a clip makes it: every window is used and dropped. vae: another than the one that is measured."""
 
         def call() -> None:
-            for part in self.vae.decode_stream(z, window):
+            for part in (vae or self.vae).decode_stream(z, window):
                 del part
 
         return call

@@ -8,7 +8,8 @@ Random weights of the published shape. Kernels are compiled first, in processes 
 decode of 93 frames at 704 x 1280), stages (each against its FLOP at the GEMM rate), windows (time and memory by window, and
 in strips for small cards), peers (diffusers' AutoencoderKLWan, stock and channels last, ours once more between them),
 accuracy (fp32 and bf16 beside diffusers'), clip (a clip through the engine, from its last denoising step to the finished
-mp4), strips (equal to the whole picture), encoder (x264 alone). The file is rewritten after every section; one that fails
+mp4), fp8 (the recipe's 8-bit convs), strips (equal to the whole picture), encoder (x264 alone), embedded (8 bits on real
+weights, which compiles kernels for half a minute). The file is rewritten after every section; one that fails
 does not stop the next, and none starts after the deadline. GiB of a call count weights, not its input.
 """
 
@@ -36,11 +37,11 @@ from records import destination, environment  # noqa: E402
 from vae import PARTS, Diffusers, VAEBench, build, stages, timed_stages  # noqa: E402
 from vae_clip import clip, encoder  # noqa: E402
 
-from cosmos_fast import ops, testing, vae_strips  # noqa: E402
-from cosmos_fast.vae import flops  # noqa: E402
+from cosmos_fast import embedded, ops, testing, vae_fp8, vae_strips  # noqa: E402
+from cosmos_fast.vae import VAEConfig, flops  # noqa: E402
 from cosmos_fast.vae_rows import strip_flops, strip_memory  # noqa: E402
 
-SECTIONS = ("main", "stages", "windows", "peers", "accuracy", "clip", "strips", "encoder")
+SECTIONS = ("main", "stages", "windows", "peers", "accuracy", "clip", "fp8", "strips", "encoder", "embedded")
 PEERS = {"diffusers": False, "diffusers_channels_last": True}
 STRIPS = 4
 
@@ -170,6 +171,57 @@ def windows(b: VAEBench) -> None:
         print(f"  {name:<22}{found['seconds']:8.3f} s  {rows[name].get('call_gib', 0):6.2f} GiB", flush=True)
 
 
+def in_fp8(b: VAEBench) -> None:
+    """The 8-bit convs: time and memory of the clip, and PSNR of frames to those of 16 bits."""
+    vae_fp8.prove(b.device)
+    x, z = b.clip(), b.latent()
+    vae = vae_fp8.in_8_bits(build(b.config, b.state, torch.bfloat16))
+    calls: dict[str, Callable[[], Any]] = {
+        "decode": b.decode_all(z, 1, vae), "encode": lambda: vae.encode(x, 4)
+    }  # fmt: skip
+    b.record["fp8"] = found = {"rows": {}}
+    short = z[:, :, :3], x[:, :, :9]
+    first = {
+        "decode": b.timed(lambda: vae.decode(short[0], 1)),
+        "encode": b.timed(lambda: vae.encode(short[1], 4)),
+    }
+    for part, call in calls.items():
+        rows = [b.measured(call) for _ in range(2)]
+        best = min(rows, key=lambda row: row["seconds"])
+        rate = flops(b.config, *b.size)[PARTS.index(part)] / best["seconds"] / 1e12
+        found["rows"][part] = best | {"first_call_s": first[part], "tflop_s": rate}
+        if "peak_gib" in best:
+            found["rows"][part]["call_gib"] = best["peak_gib"] - best["resident_gib"]
+        print(f"  fp8 {part}  {best['seconds']:.3f} s  {found['rows'][part].get('call_gib', 0):.2f} GiB  first {first[part]:.1f} s", flush=True)  # fmt: skip
+    small = b.latent(b.small)
+    found["random_weights_psnr_db"] = psnr(vae.decode(small, 1), b.vae.decode(small, 1))
+
+
+def in_embedded(b: VAEBench) -> None:
+    """PSNR of frames in 8 and 16 bits by the model inside the package: weights drawn at random keep no error small."""
+    state = {name: weight.to(b.device) for name, weight in embedded.vae_state().items()}
+    config = VAEConfig(base=state["encoder.conv1.weight"].shape[0])
+    whole = b.clip(b.small)
+    exact, plain = build(config, state, torch.float32), build(config, state, torch.bfloat16)
+    codes = vae_fp8.in_8_bits(build(config, state, torch.bfloat16))
+    latents = plain.encode(whole, 4)
+    frames = {
+        name: one.decode(latents, 1) for name, one in (("fp32", exact), ("bf16", plain), ("fp8", codes))
+    }
+    b.record["embedded"] = {
+        "size": b.small, "bf16_to_fp32_db": psnr(frames["bf16"], frames["fp32"]), "fp8_to_fp32_db": psnr(frames["fp8"], frames["fp32"]),
+        "bf16_to_clip_db": psnr(frames["bf16"], whole), "fp8_to_clip_db": psnr(frames["fp8"], whole),
+        "latents_relative_l2": relative_l2(codes.encode(whole, 4), latents),
+    }  # fmt: skip
+    print(f"  {b.record['embedded']}", flush=True)
+
+
+def psnr(x: Tensor, y: Tensor) -> float:
+    """Of frames in [-1, 1], in dB."""
+    square = (x.float().clamp(-1, 1) - y.float().clamp(-1, 1)).square().mean()
+    return float(10 * torch.log10(4 / square))
+
+
 def accuracy(b: VAEBench) -> None:
     """fp32 of ours against diffusers', by window; bf16 of both against diffusers' fp32."""
     low_x, low_z = b.clip(b.small), b.latent(b.small)
@@ -234,10 +286,11 @@ def compile_kernels(args: argparse.Namespace) -> dict[str, Any]:
     """Compile the convs of the clip side by side, before this process touches the GPU: one by one they take a minute."""
     if args.smoke or not args.workers:
         return {}
-    from vae_layers import compiled, layers, tiles_of
+    from vae_layers import compiled, in_codes, layers, tiles_of
 
     start = time.perf_counter()
-    found = [replace(layer, residual=given) for layer in layers() for given in {layer.residual, False}]
+    both = [*layers(), *in_codes(layers())]
+    found = [replace(layer, residual=given) for layer in both for given in {layer.residual, False}]
     faults = compiled([(layer, tiles_of(layer)) for layer in found], args.workers, "cuda", start + 45)
     seconds = time.perf_counter() - start
     print(f"{len(found)} kernels compiled in {seconds:.1f} s, {len(faults)} failed", flush=True)
@@ -269,7 +322,7 @@ def summary(record: dict[str, Any]) -> str:
                 f"{part} {name:<22}{1e3 * row['seconds']:8.1f} ms  {row['tflop_s']:6.1f} TFLOP/s  {100 * row.get('floor_share', 0):5.1f} %"
             )
         lines.append(f"{part} {'rest':<22}{1e3 * one['rest_s']:8.1f} ms of {1e3 * one['seconds']:.1f}")
-    for name in ("accuracy", "strips", "clip", "encoder"):
+    for name in ("fp8", "accuracy", "strips", "clip", "encoder", "embedded"):
         if name in record:
             lines.append(f"{name} {json.dumps(record[name])[:1500]}")
     for name, section in record["sections"].items():
@@ -326,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
 
     steps: dict[str, Callable[[VAEBench], None]] = {
         "main": main_case, "stages": by_stage, "windows": windows, "peers": peers, "accuracy": accuracy,
-        "clip": clip, "strips": in_strips, "encoder": encoder,
+        "clip": clip, "fp8": in_fp8, "strips": in_strips, "encoder": encoder, "embedded": in_embedded,
     }  # fmt: skip
 
     section = partial(b.section, path=path)

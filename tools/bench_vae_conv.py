@@ -1,6 +1,6 @@
 """Every conv of the video VAE at 93 frames of 704x1280, in every tile worth trying, beside cuDNN; and its norm.
 
-    python tools/bench_vae_conv.py out.json [--seconds 110] [--only 96,norm] [--workers 12] [--quick]
+    python tools/bench_vae_conv.py out.json [--seconds 110] [--only 96,norm] [--fp8] [--workers 12] [--quick]
 
 First all Triton choices are compiled, in processes of their own: what crashes there is left out here. Then each conv, on
 random data and in the layout of a pass in windows of one latent frame, is checked against fp32 on two corners of its
@@ -35,11 +35,12 @@ from cosmos_fast import testing  # noqa: E402
 
 testing.kernels_from_checkout()
 
+import vae_layers  # noqa: E402
 from cosmos_fast.kernels import norm_silu as norm  # noqa: E402
-from cosmos_fast.kernels.conv_tiles import FASTEST, Tiles  # noqa: E402
+from cosmos_fast.kernels.conv_tiles import FASTEST, FASTEST_FP8, Tiles  # noqa: E402
 from cosmos_fast.kernels.launch import Config  # noqa: E402
 from records import environment  # noqa: E402
-from vae_layers import CORNER, Layer, call, choices, compiled, fastest, layers, operands, relative, told  # noqa: E402
+from vae_layers import CORNER, Layer, call, choices, compiled, layers, operands, relative, told  # noqa: E402
 
 MS = 120.0  # of launches for one figure
 UNITS = {"tflop_s": "TF/s", "gb_s": "GB/s"}
@@ -135,7 +136,8 @@ def one_conv(run: Run, layer: Layer, faults: dict[tuple[Layer, Tiles], str]) -> 
             run.rows.append({"part": layer.name, "name": told(tiles), "fault": fault})
             continue
         timed(told(tiles), lambda tiles=tiles: call(layer, args, tiles))
-    timed("library", lambda: getattr(library, layer.kind)(*args))
+    if layer.kind != "conv3d_fp8":  # no library has it
+        timed("library", lambda: getattr(library, layer.kind)(*args))
     if layer.kind == "conv3d" and layer.taps[1] == 3:
         with_copy, without = folded(*args[:3])
         timed("cuDNN 2-D, frames in the channels", without, checked=False)
@@ -227,15 +229,16 @@ def passes(run: Run, table: dict[tuple[int, int, int], Tiles]) -> None:
     """Windows of a whole decode and encode with random weights: seconds each, peak memory, and where they go."""
     from cosmos_fast.dispatch import use
     from cosmos_fast.vae import VAE, VAEConfig, channels_last_
+    from cosmos_fast.vae_fp8 import in_8_bits
 
     if run.late(12):
         print("out of time: whole windows", flush=True)
         return
     H, W = (88, 160) if run.gpu else (2, 4)
-    torch.manual_seed(0)
     with torch.device(run.options.device):
         vae = channels_last_(VAE(VAEConfig() if run.gpu else VAEConfig.tiny()).to(torch.bfloat16))
         z, x = torch.randn(1, 16, 8, H, W), torch.rand(1, 3, 29, 8 * H, 8 * W) * 2 - 1
+    vae = in_8_bits(vae) if run.options.fp8 else vae
     old = {"conv3d": "cudnn", "conv_half": "library", "conv_double": "library", "norm_silu": "composed"}
 
     def decode(window: int) -> list[float]:
@@ -251,7 +254,8 @@ def passes(run: Run, table: dict[tuple[int, int, int], Tiles]) -> None:
         ("decode, window 1, libraries", decode, 1, 4, old), ("encode, window 4, libraries", encode, 4, 4, old),
     ]  # fmt: skip
     print(*(f"  FASTEST[{key}] = {tiles}" for key, tiles in table.items()), sep="\n", flush=True)
-    FASTEST.update(table)
+    (FASTEST_FP8 if run.options.fp8 else FASTEST).update(table)
+    plans = [plan for plan in plans if not (run.options.fp8 and plan[-1])]
     for name, go, window, frames, forced in plans:
         if run.late(6):
             print(f"out of time: {name}", flush=True)
@@ -326,16 +330,18 @@ def main() -> int:
     parser.add_argument("json", type=Path)
     parser.add_argument("--seconds", type=float, default=110.0, help="deadline from the start")
     parser.add_argument(
-        "--only", default="", help="layers whose name contains one of these, and of norm, attention, pass"
+        "--only", default="", help="layers whose name contains one of these; norm, attention, pass"
     )
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first two tiles of each layer")
+    parser.add_argument("--fp8", action="store_true", help="the convs of the recipe fp8_vae, as e4m3 codes")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--commit", help="commit to record where git cannot tell")
     options = parser.parse_args()
     run = Run(options)
     wanted = [part for part in options.only.split(",") if part]
-    found = [layer for layer in layers() if not wanted or any(part in layer.name for part in wanted)]
+    asked = vae_layers.in_codes(layers()) if options.fp8 else layers()
+    found = [layer for layer in asked if not wanted or any(part in layer.name for part in wanted)]
     if options.device == "cpu":
         small = {704: 8, 352: 6, 176: 4, 88: 4, 1280: 16, 640: 10, 320: 8, 160: 6}
         found = [replace(layer, H=small[layer.H], W=small[layer.W], C=min(layer.C, 24)) for layer in found]
@@ -353,12 +359,12 @@ def main() -> int:
         parser.error(f"needs a CUDA device, torch {torch.__version__} sees none.")
     if options.quick:
         faults |= {(layer, t): "not asked for" for layer in found for t in choices(layer)[2:]}
-    body: dict[str, Any] = {"kind": "vae_conv"}
+    body: dict[str, Any] = {"kind": "vae_conv_fp8" if options.fp8 else "vae_conv"}
     with torch.no_grad():
         body["ceilings"] = ceilings(run)
         for part, go in (
             ("convs", lambda: body.update(best=convs(run, found, faults))),
-            ("pass", lambda: passes(run, fastest(found, body.get("best", {})))),
+            ("pass", lambda: passes(run, vae_layers.fastest(found, body.get("best", {})))),
             ("norm", lambda: norms(run, body["ceilings"]["copy_gb_s"])),
             ("attention", lambda: attention(run)),
         ):

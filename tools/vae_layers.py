@@ -53,7 +53,7 @@ class Layer:
     @property
     def flop(self) -> float:
         """Of the published conv: 9 taps per output pixel for conv_double, however they are folded."""
-        if self.kind == "conv3d":
+        if self.kind.startswith("conv3d"):
             t = (self.F - 1) // self.stride + 1
             return 2.0 * self.C * self.O * self.taps[0] * self.taps[1] * self.taps[2] * t * self.H * self.W
         return 18.0 * self.C * self.O * self.F * self.H * self.W * (4 if self.kind == "conv_double" else 0.25)
@@ -93,10 +93,22 @@ def layers() -> list[Layer]:
     ]
 
 
+def in_codes(found: list[Layer]) -> list[Layer]:
+    """Those that the recipe fp8_vae computes in 8 bits."""
+    blocks = [
+        layer
+        for layer in found
+        if layer.taps == (3, 3, 3) and layer.kind == "conv3d" and min(layer.C, layer.O) > 16
+    ]
+    return [replace(layer, kind="conv3d_fp8") for layer in blocks]
+
+
 def choices(layer: Layer) -> list[Tiles]:
     wide, tall = Tiles(256, 128, 0, 64, 8, 4, 4), Tiles(256, 128, 64, 64, 8, 3, 4)
     middle, twin = Tiles(128, 128, 64, 64, 8, 4, 2), Tiles(128, 128, 0, 64, 4, 3, 4, programs=2)
     deep = replace(wide, k=32, stages=7)
+    if layer.kind == "conv3d_fp8":
+        return code_choices(layer.O)
     if layer.O <= 16:
         return [
             Tiles(256, 16, 0, k, 8, s, 1, programs=p) for k, s, p in ((64, 4, 1), (32, 7, 1), (64, 3, 2))
@@ -135,9 +147,26 @@ def choices(layer: Layer) -> list[Tiles]:
     return few if layer.taps != (3, 3, 3) or layer.C != layer.O else few + more
 
 
+def code_choices(O: int) -> list[Tiles]:  # noqa: E741
+    """For codes: steps of as many bytes as in bf16, and of half as many where more channels of a folded step then count."""
+    if O == 96:
+        wide = Tiles(256, 128, 0, 64, 8, 7, 4)
+        return [
+            wide, replace(wide, flatten=False), replace(wide, k=128, stages=4), replace(wide, k=32, stages=10),
+            replace(wide, k=128, stages=4, flatten=False), replace(wide, k=32, stages=10, fold=False),
+            Tiles(128, 64, 32, 64, 4, 5, 2, programs=2), Tiles(128, 128, 0, 64, 4, 5, 4, programs=2),
+        ]  # fmt: skip
+    tall, wide = Tiles(256, 128, 64, 64, 8, 6, 4, flatten=False), Tiles(256, 128, 0, 128, 8, 4, 4)
+    return [
+        tall, replace(tall, k=128, stages=3), replace(tall, flatten=True), replace(tall, k=128, stages=3, flatten=True),
+        wide, replace(wide, flatten=False), replace(wide, k=64, stages=7, flatten=False),
+        Tiles(128, 128, 64, 128, 8, 4, 2), Tiles(128, 128, 0, 128, 4, 3, 4, programs=2),
+    ]  # fmt: skip
+
+
 def tiles_of(layer: Layer) -> Tiles:
-    """The tile that the op takes for a conv in bf16."""
-    return tiles_for(*layer.key, torch.bfloat16)
+    """The tile that the op takes for a conv in bf16, or in codes."""
+    return tiles_for(*layer.key, torch.float8_e4m3fn if layer.kind == "conv3d_fp8" else torch.bfloat16)
 
 
 def told(t: Tiles) -> str:
@@ -157,7 +186,7 @@ def operands(layer: Layer, device: str, random: bool) -> tuple[Any, ...]:
         return x.movedim(-1, 1) if last else x
 
     C, O, (t, r, s) = layer.C, layer.O, layer.taps  # noqa: E741
-    if layer.kind != "conv3d":
+    if not layer.kind.startswith("conv3d"):
         return (
             frames(1, C, layer.F, layer.H, layer.W),
             frames(O, C, 3, 3) * (9 * C) ** -0.5,
@@ -168,14 +197,20 @@ def operands(layer: Layer, device: str, random: bool) -> tuple[Any, ...]:
     w, b = frames(O, C, t, r, s) * (t * r * s * C) ** -0.5, frames(O, last=False)
     out = (ahead - t) // layer.stride + 1
     residual = frames(1, O, out, layer.H, layer.W) if layer.residual else None
+    if layer.kind == "conv3d_fp8":
+        codes, steps = (w * 256).to(torch.float8_e4m3fn), torch.full((O,), 2.0**-12, device=device)
+        return (x * 16).to(torch.float8_e4m3fn), codes, steps, b, residual, b.dtype
     return x, w, b, residual, layer.stride
 
 
 def corners(layer: Layer, args: tuple[Any, ...]) -> Iterator[tuple[Any, Tensor]]:
     """Where to look in the result, and what is there in fp32: the first and the last rows and columns."""
+    if layer.kind == "conv3d_fp8":
+        x, w, _, b, residual, _ = args
+        args = (x, w.float() / 2.0**12, b, residual)
     x, w, b = (value.float() if value.numel() < 1e8 else value for value in args[:3])
     for last in (False, True):
-        if layer.kind == "conv3d":
+        if layer.kind.startswith("conv3d"):
             H, W = (size - taps + 1 for size, taps in zip(x.shape[3:], w.shape[3:]))
             h, v = min(CORNER, H), min(CORNER, W)
             top, left = (H - h, W - v) if last else (0, 0)
