@@ -34,8 +34,8 @@ from records import destination, environment  # noqa: E402
 
 from cosmos_fast import quant, testing  # noqa: E402
 
-TIMED_BY_S, TE_ROUNDS = 22, 3
-"""Seconds of the deadline that are kept for what follows the turns of section call; turns of section te."""
+KEPT_S, TE_ROUNDS = {"call": 20, "te": 50, "linears": 20, "budget": 65}, 2
+"""Seconds of the deadline that the turns of section call leave to what follows: its kernels, other sections. Turns of te."""
 
 
 Parts = dict[str, Callable[[], None]]
@@ -48,6 +48,7 @@ def calls_of(b: Bench) -> Calls:
 
 
 def call(b: Bench) -> Parts:
+    kept = sum(KEPT_S[section] for section in b.args.only.split(","))
     peers: Parts = {} if b.args.skip_peers else {"call diffusers": lambda: calls_of(b).compiled()}
     return {
         "call exact": lambda: calls_of(b).recipe("exact", "bf16"),
@@ -55,7 +56,7 @@ def call(b: Bench) -> Parts:
         "call libraries": lambda: calls_of(b).libraries(),
         **peers,
         "call fp8_linear": lambda: calls_of(b).recipe("fp8_linear", "fp8"),
-        "call times": lambda: calls_of(b).times(end_s=b.args.deadline_s - TIMED_BY_S),
+        "call times": lambda: calls_of(b).times(end_s=b.args.deadline_s - kept),
         "call kernels": lambda: calls_of(b).kernels(("exact", "fp8")),
     }
 
