@@ -25,6 +25,9 @@ from .video import Probe, probe
 MAKERS = ("edge", "vis", "depth", "seg", "mask", "style")
 """What can be computed here from the input: controls by name, "mask" from a mask_prompt, "style" images."""
 
+UNGUIDED = {"guidance", "negative_prompt"}
+"""Keys of a request that the few-step model does not read."""
+
 
 def model_for(spec: Spec, model: str = "auto") -> str:
     """The network for one clip: the single-control one for one control, "multi" for more.
@@ -195,12 +198,13 @@ def _frames(spec: Spec, source: Probe, check: _Check) -> int:
     return frames
 
 
-def _with_defaults(spec: Spec, defaults: Mapping[str, Any]) -> tuple[Spec, list[str]]:
+def _with_defaults(spec: Spec, defaults: Mapping[str, Any], model: str) -> tuple[Spec, list[str]]:
     """The spec with the model's own values where it names none, and a note about each that differs."""
+    unread = UNGUIDED if model == DISTILLED else set()
     changes = {
         key: value
         for key, value in defaults.items()
-        if key not in spec.model_fields_set and getattr(spec, key) != value
+        if key not in spec.model_fields_set | unread and getattr(spec, key) != value
     }
     notes = [
         f"{key}: {value!r}, which is this model's own, since the request names none."
@@ -285,7 +289,7 @@ def _note_habits(check: _Check, model: str, steps: int, chunks: int, has_masks: 
             notes.append(f"num_steps: {DISTILLED} was trained for 4 steps, {steps} asked for.")
         if chunks > 1:
             notes.append(f"frames: {DISTILLED} was trained for one chunk, the input takes {chunks}.")
-        for key in sorted({"guidance", "negative_prompt"} & spec.model_fields_set):
+        for key in sorted(UNGUIDED & spec.model_fields_set):
             notes.append(f"{key}: has no effect, {DISTILLED} runs without guidance.")
     weights = [control.control_weight for control in spec.controls.values()]
     if len(weights) > 1 and sum(weights) > 1:
@@ -314,7 +318,7 @@ def preflight(
         raise SpecError(f"model: must be auto or one of {', '.join(MODELS)}, got {model!r}.")
     problems, plans, files = name_problems([spec.name for spec in specs]), [], _Files(on_corrupt)
     for spec in specs:
-        spec, notes = _with_defaults(spec, defaults or {})
+        spec, notes = _with_defaults(spec, defaults or {}, model)
         check = _Check(spec, files, makers)
         check.notes += notes
         if resolutions is not None and spec.resolution not in resolutions:

@@ -244,6 +244,15 @@ def test_distilled(media: Path) -> None:
     assert [note.split(":")[0] for note in clip.notes] == ["num_steps", "frames", "guidance"]
 
 
+def test_a_default_guidance_is_the_guided_models_business(media: Path) -> None:
+    """The model's own value is taken and told where no other is named; the few-step model reads none."""
+    own = {"defaults": {"guidance": 2}}
+    plain = one(media, **own)
+    assert any(note.startswith("guidance: 2, which is this model's own") for note in plain.notes)
+    assert not any("own" in note for note in one(media, fields={"guidance": 5}, **own).notes)
+    assert not any("guidance" in note for note in one(media, DISTILLED, **own).notes)
+
+
 def test_labels_are_read_as_a_guided_mask(media: Path) -> None:
     clip = one(
         media, fields={"guided_generation_mask": "labels.npz", "guided_generation_foreground_labels": [2]}
