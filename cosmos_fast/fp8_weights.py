@@ -23,7 +23,7 @@ TOP = 448.0
 """Largest value of e4m3."""
 
 # Everything that neither rule names stays as it is. What the rule names is 15 % of a call's FLOP, all but attention, and
-# brings an error of 0.031 to a velocity of the model in the package; embeddings, head and hints are 0.17 % and would make it
+# brings an error of 0.030 to a velocity of the model in the package; embeddings, head and hints are 0.17 % and would make it
 # 0.047 (docs/log.md, "which layers stay in bf16"): before_proj and after_proj feed the residual stream without a gate, and
 # the head's error is the result's. Time and modulation run once for all tokens.
 _BLOCK = r"(control\.\d+\.)?blocks\.\d+"
