@@ -231,7 +231,7 @@ def errors_of(run: Run, names: list[str], kind: str, rows: Tensor) -> None:
 def attention_times(run: Run, names: list[str], rounds: int, sustain_s: float) -> None:
     given = run.inputs("gaussian")
     q, k, v = ops.qk_norm_rope(*given)
-    c = ops_attention8.qkv_codes(*given)
+    made = {pack: ops_attention8.qkv_codes(*given, pack=pack) for pack in (False, True)}
     calls: Calls = {}
     for candidate in TABLE["attention"].candidates:
         if candidate.name in ("fa3", "cudnn") and candidate.obstacle(run.device, q.dtype) is None:
@@ -239,6 +239,9 @@ def attention_times(run: Run, names: list[str], rounds: int, sustain_s: float) -
                 calls[f"{candidate.name} bf16"] = partial(candidate.load(), q, k, v)
     for candidate in TABLE["attention_fp8"].candidates:
         if candidate.name in names:
+            c = made[
+                candidate.name in ("own", "triton")
+            ]  # as each wants v, else it would pack it in every call
             operands = c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, torch.bfloat16
             calls[f"{candidate.name} fp8"] = partial(candidate.load(), *operands)
     calls = tell_attention(run, "alone", calls, rounds)
