@@ -286,10 +286,10 @@ def compile_kernels(args: argparse.Namespace) -> dict[str, Any]:
     """Compile the convs of the clip side by side, before this process touches the GPU: one by one they take a minute."""
     if args.smoke or not args.workers:
         return {}
-    from vae_layers import compiled, in_codes, layers, tiles_of
+    from vae_layers import compiled, ends, in_codes, layers, tiles_of
 
     start = time.perf_counter()
-    both = [*layers(), *in_codes(layers())]
+    both = [*layers(), *ends(), *in_codes(layers())]
     found = [replace(layer, residual=given) for layer in both for given in {layer.residual, False}]
     faults = compiled([(layer, tiles_of(layer)) for layer in found], args.workers, "cuda", start + 45)
     seconds = time.perf_counter() - start

@@ -93,6 +93,17 @@ def layers() -> list[Layer]:
     ]
 
 
+def ends() -> list[Layer]:
+    """The convs at latent height that are too small to sweep, but take as long to compile."""
+    point, size = (1, 1, 1), (1, 88, 160)
+    sides = ((16, 384), (384, 32)), ((16, 16), (32, 32))
+    return [
+        Layer("conv3d", C, O, *size, taps=taps)
+        for taps, pairs in zip(((3, 3, 3), point), sides)
+        for C, O in pairs
+    ]
+
+
 def in_codes(found: list[Layer]) -> list[Layer]:
     """Those that the recipe fp8_vae computes in 8 bits."""
     blocks = [
