@@ -134,17 +134,25 @@ struct Consumer {
     rows.weigh(s, scale);
   }
 
-  // Waits for all products and brings the output to the present peak. The wait stands on both sides of a
-  // branch that follows the exponentials: in one block with them the compiler would put it first, and nothing
-  // would overlap.
+  // Waits for all products and brings the output to the present peak. All warps of a warpgroup must come to a
+  // wait on the same way (PTX ISA, wgmma.wait_group), so it cannot stand in a branch that one warp takes. Nor can it
+  // follow the exponentials without a branch between: the compiler would put it before them, and nothing would
+  // overlap. So there is one that all take alike, which is to say never.
   __device__ __forceinline__ void finish_and_rescale() {
-    if (rows.moved) {
+    if (p.num_queries < 0) {
       product_wait<0>(out);
-#pragma unroll
-      for (int e = 0; e < P::kOuts; ++e) out[e] *= rows.shrink[e / 2 % 2];
-      if constexpr (C::promote > 0) owed[0] *= rows.shrink[0], owed[1] *= rows.shrink[1];
+      rescale();
     }
     product_wait<0>(out);
+    if (rows.moved) {
+      rescale();
+      if constexpr (C::promote > 0) owed[0] *= rows.shrink[0], owed[1] *= rows.shrink[1];
+    }
+  }
+
+  __device__ __forceinline__ void rescale() {
+#pragma unroll
+    for (int e = 0; e < P::kOuts; ++e) out[e] *= rows.shrink[e / 2 % 2];
   }
 
   // Scores to the first operand of the next product. Column order: kAttention8Order.
