@@ -135,9 +135,9 @@ struct Consumer {
   }
 
   // Waits for all products and brings the output to the present peak. All warps of a warpgroup must come to a
-  // wait on the same way (PTX ISA, wgmma.wait_group), so it cannot stand in a branch that one warp takes. Nor can it
-  // follow the exponentials without a branch between: the compiler would put it before them, and nothing would
-  // overlap. So there is one that all take alike, which is to say never.
+  // wait on the same way (PTX ISA, wgmma.wait_group), so it cannot stand in a branch that one warp takes. Nor
+  // can it follow the exponentials without a branch between: the compiler would put it before them, and
+  // nothing would overlap. So there is one that all take alike, which is to say never.
   __device__ __forceinline__ void finish_and_rescale() {
     if (p.num_queries < 0) {
       product_wait<0>(out);

@@ -231,8 +231,10 @@ def check_sharing(c: Check, run: Run, alone: Run, way: str) -> None:
     ok = run.code == 0 and made.keys() == wanted.keys()
     if WAYS[way]:
         clips = [name for name in wanted if "_control_" not in name]
-        found["psnr"] = min(psnr(run.out / name, alone.out / name) for name in clips) if ok else 0.0
-        ok = ok and found["psnr"] >= LEAST_PSNR
+        found["psnr"] = (
+            {name: round(psnr(run.out / name, alone.out / name), 1) for name in clips} if ok else {}
+        )
+        ok = ok and min(found["psnr"].values()) >= LEAST_PSNR
     else:
         ok = ok and made == wanted
     c.tell(way, ok, **found, **({} if ok else {"log": run.lines[-8:]}))
