@@ -11,11 +11,12 @@ namespace {
 
 constexpr const char* kOp = "attention8";
 
-void check_on(const Tensor& x, const Tensor& q, const char* what) {
+void check_on(const Tensor& x, const Tensor& q, const char* what, int alignment = 16) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index() && x.is_contiguous() &&
-                      reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
-                  kOp, ": ", what, " must be contiguous on q's device and start on 16 bytes, got ",
-                  x.is_contiguous() ? "another device or a view" : "strides", ". Call .contiguous().");
+                      reinterpret_cast<uintptr_t>(x.data_ptr()) % alignment == 0,
+                  kOp, ": ", what, " must be contiguous on q's device and start on ", alignment,
+                  " bytes, got ", x.is_contiguous() ? "another device or a view" : "strides",
+                  ". Call .clone().");
 }
 
 const void* codes_of(const Tensor& x, const Tensor& q, const char* what, std::array<int64_t, 3> shape) {
@@ -27,10 +28,11 @@ const void* codes_of(const Tensor& x, const Tensor& q, const char* what, std::ar
   return x.data_ptr();
 }
 
-const float* floats_of(const Tensor& x, const Tensor& q, const char* what, int64_t count) {
+const float* floats_of(const Tensor& x, const Tensor& q, const char* what, int64_t count,
+                       int alignment = 16) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() == count, kOp, ": ", what, " must be ",
                   count, " float32 values, got ", x.numel(), " of ", type_name(x.scalar_type()), ".");
-  check_on(x, q, what);
+  check_on(x, q, what, alignment);
   return static_cast<const float*>(x.data_ptr());
 }
 
@@ -70,7 +72,8 @@ std::tuple<Tensor, Tensor> attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor 
   args.q = codes_of(q, q, "q", {L, N, kAttention8Width});
   args.k = codes_of(k, q, "k", {S, N, kAttention8Width});
   args.v = codes_of(v, q, "v", {N, kAttention8Width, columns});
-  args.q_scale = floats_of(score_step, q, "score_step", 1);
+  // One value read alone, and the last of three that a kernel makes (ops_attention8.qkv_codes).
+  args.q_scale = floats_of(score_step, q, "score_step", 1, sizeof(float));
   args.v_scale = floats_of(v_step, q, "v_step", N * kAttention8Width);
   args.v_mean = floats_of(v_mean, q, "v_mean", N * kAttention8Width);
   if (key_tiles.has_value()) {

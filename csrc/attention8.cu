@@ -10,7 +10,7 @@ using namespace attention8;
 struct Dense : Config {
   static constexpr int warpgroups = 3, keys = 96;
   static constexpr Schedule schedule = Schedule::kOverlap;
-  static constexpr bool turns = true;
+  static constexpr bool turns = true, vote = true, late_sums = true, lean = true;
 };
 
 struct Sparse : Dense {

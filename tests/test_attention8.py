@@ -265,6 +265,24 @@ def test_cuda_kernel_is_attention_at_any_length(L: int, S: int) -> None:
 
 
 @pytest.mark.gpu
+def test_cuda_kernel_takes_codes_as_they_are_made() -> None:
+    """Steps of a layer lie in one tensor, so that of the scores starts on 4 bytes, not on 16."""
+    if not _native.available("attention8_cuda"):
+        pytest.skip(str(_native.reason("attention8_cuda")))
+    L, N, K = 300, 2, 128
+    generator = torch.Generator("cuda").manual_seed(5)
+    qkv = torch.randn(L, 3 * N * K, generator=generator, device="cuda", dtype=torch.bfloat16)
+    gain = torch.ones(K, device="cuda", dtype=torch.bfloat16)
+    still = torch.ones(L, K // 2, device="cuda"), torch.zeros(L, K // 2, device="cuda")
+    codes = ops_attention8.qkv_codes(qkv, gain, gain, *still, pack=True)
+    assert codes.score_step.data_ptr() % 16
+    with use(attention_fp8="own"):
+        got = ops_attention8.attention_fp8(codes)
+    wanted = exact((codes.q, codes.k, codes.v, codes.score_step, codes.v_step, codes.v_mean))
+    agree((got, wanted[1]), wanted, codes.v_mean)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("share", [1.0, 0.4])
 @pytest.mark.parametrize(("L", "S"), [(1000, 4113), (193, 97)])
 def test_cuda_kernel_sees_its_lists(L: int, S: int, share: float) -> None:

@@ -43,8 +43,6 @@ BITS = {"base": 6, "edge": 6, "vis": 6, "depth": 6, "seg": 6, "distilled": 4, "v
 
 PARTS = tuple(BITS)
 CARD_KEYS = {"chunk_frames", "resolutions", "size", "defaults", "name", "licence"}
-GUIDANCE = 2
-"""Default of the embedded model: at the published 3 a small network overshoots what its controls ask for (docs/log.md)."""
 NATIVE: dict[str, Any] = {"resolutions": ["256"], "size": [320, 192]}
 """Card entries of the embedded model where model.json does not give others."""
 
@@ -60,7 +58,7 @@ def native(card: dict[str, Any]) -> dict[str, Any]:
     """The card that ships: what the model was made for, and the values a request takes that names none."""
     kept = NATIVE | {key: value for key, value in card.items() if key in CARD_KEYS}
     frames = kept["chunk_frames"][0]
-    own = {"resolution": kept["resolutions"][0], "num_video_frames_per_chunk": frames, "guidance": GUIDANCE}
+    own = {"resolution": kept["resolutions"][0], "num_video_frames_per_chunk": frames}
     return kept | {"defaults": own | kept.get("defaults", {})}
 
 
