@@ -97,7 +97,11 @@ def main() -> None:
     help="Strips the VAE cuts a picture into, for small cards: 4 take a third of its memory, a fifth more time.",
 )
 @with_ranks
-@click.option("--graphs", is_flag=True, help="Replay steps as CUDA graphs: for small shapes and images.")
+@click.option(
+    "--graphs/--no-graphs",
+    default=None,
+    help="Replay steps as CUDA graphs. Default: for images and other small shapes.",
+)
 @click.option(
     "--codec", type=click.Choice(["libx264", "libx265", "libsvtav1"]), default="libx264", show_default=True
 )

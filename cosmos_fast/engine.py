@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import controls, models, quant, sampler, vae_fp8
+from . import controls, graphs, models, quant, sampler, vae_fp8
 from .chunking import (
     Chunk,
     conditional_latents,
@@ -32,7 +32,6 @@ from .clip_plan import ClipPlan
 from .context import Context
 from .exchange import Exchanged, fp8_attend, fp8_operands
 from .formats import CONTROLS, SPATIAL, EnvironmentProblem, latent_frames
-from .graphs import Graphed
 from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
 from .makers import Makers
@@ -324,8 +323,9 @@ class Engine:
         return Halves(self._graphed(Single(self.network, contexts[cfg.rank])), cfg)
 
     def _graphed(self, bound: Pair | Single) -> Any:
-        """The bound network, in CUDA graphs if the plan asks for that; the recipe's steps in full precision."""
-        record = Graphed if self.plan.graphs else lambda whole: whole
+        """The bound network, in CUDA graphs if the plan asks for that or it pays; the recipe's steps in full precision."""
+        asked = graphs.pays(bound) if self.plan.graphs is None else self.plan.graphs
+        record = graphs.Graphed if asked else lambda whole: whole
         return scheduled(bound, self._precise, self.recipe, record)
 
     def _weights(self, clip: ClipPlan, given: ChunkInputs) -> list[float] | Tensor:

@@ -108,6 +108,7 @@ class Plan:
     about a third of it at 720p for a fifth more arithmetic. Strips overlap by what the convolutions reach: no seam.
     graphs: record a denoising step into a CUDA graph once per chunk and replay it; equal bit for bit. Meant for sizes so
     small that launching kernels takes longer than running them; it holds the activations of a step for the whole chunk.
+    None: where that is so (graphs.pays).
     """
 
     device: str | None = None
@@ -117,7 +118,7 @@ class Plan:
     vae_decode_window: int = 1
     vae_encode_batch: int = 1
     vae_strips: int = 1
-    graphs: bool = False
+    graphs: bool | None = None
 
     def __post_init__(self) -> None:
         device = self.device
@@ -148,8 +149,8 @@ class Plan:
                 f"plan: vae_encode_batch must be 1 with vae_strips, got {self.vae_encode_batch}. One saves the memory "
                 "that the other takes."
             )
-        if type(self.graphs) is not bool:
-            raise ValueError(f"plan: graphs must be True or False, got {self.graphs!r}.")
+        if self.graphs is not None and type(self.graphs) is not bool:
+            raise ValueError(f"plan: graphs must be True, False or None, got {self.graphs!r}.")
         if self.graphs and self.device == "cpu":
             raise ValueError("plan: graphs need a CUDA device, got device='cpu'. Leave graphs off.")
         if self.graphs and self.context > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import random_state
@@ -9,7 +11,7 @@ from oracle import random_state
 from cosmos_fast import checkpoint
 from cosmos_fast.config import NetworkConfig
 from cosmos_fast.formats import EnvironmentProblem
-from cosmos_fast.graphs import Captured, Graphed
+from cosmos_fast.graphs import Captured, Graphed, pays
 from cosmos_fast.network import Network, Pair, Single
 
 GRID = (2, 4, 6)
@@ -101,6 +103,22 @@ def test_refusals() -> None:
     for step in (-1, 3):
         with pytest.raises(ValueError, match=r"step must be in 0\.\.2"):
             graphed(latent(1), step)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "steps", "ranks", "expected"),
+    [
+        ("cuda", 3520, 35, 1, True),  # a picture at 720p
+        ("cuda", 84480, 35, 1, False),  # a clip
+        ("cuda", 3520, 4, 1, False),  # the few-step model: over before it pays
+        ("cuda", 1760, 35, 2, False),  # exchanges are not recorded
+        ("cpu", 3520, 35, 1, False),
+    ],
+)
+def test_where_graphs_pay(device: str, tokens: int, steps: int, ranks: int, expected: bool) -> None:
+    head = SimpleNamespace(shape=(steps, 1), device=torch.device(device))
+    ctx = SimpleNamespace(tables=SimpleNamespace(head=head), cos=torch.empty(tokens, 1, device="meta"))
+    assert pays(Single(SimpleNamespace(ranks=SimpleNamespace(size=ranks)), ctx)) is expected
 
 
 @pytest.mark.gpu
