@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,14 @@ from .ops import HALF, HOPPER
 from .ops_linear8 import ADA_UP, E4M3
 
 
-def _frames(x: Tensor, O: int, F: int, H: int, W: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: E741
-    """(B, O, F, H, W) in the layout of x."""
-    return convolution.frames_like(x, (x.shape[0], O, F, H, W), dtype)
+def _frames(x: Tensor, O: int, sides: Iterable[int], dtype: torch.dtype | None = None) -> Tensor:  # noqa: E741
+    """(B, O, F, H, W) in the layout of x. sides: F, H, W."""
+    return convolution.frames_like(x, (x.shape[0], O, *sides), dtype)
 
 
 def _valid(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, time_stride: int) -> Tensor:
     sides = [size - taps + 1 for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True)]
-    return _frames(x, weight.shape[0], (sides[0] - 1) // time_stride + 1, *sides[1:])
+    return _frames(x, weight.shape[0], ((sides[0] - 1) // time_stride + 1, *sides[1:]))
 
 
 _conv3d = define(
@@ -33,21 +35,21 @@ _conv3d = define(
 _conv_half = define(
     "conv_half(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     operands.check_conv_half,
-    lambda x, weight, bias: _frames(x, weight.shape[0], x.shape[2], x.shape[3] // 2, x.shape[4] // 2),
+    lambda x, weight, bias: _frames(x, weight.shape[0], (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)),
     triton("convolution", "conv_half", HALF, HOPPER),
     Candidate("library", lambda: convolution.conv_half),
 )
 _conv_double = define(
     "conv_double(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     operands.check_conv_double,
-    lambda x, weight, bias: _frames(x, weight.shape[0], x.shape[2], 2 * x.shape[3], 2 * x.shape[4]),
+    lambda x, weight, bias: _frames(x, weight.shape[0], (x.shape[2], 2 * x.shape[3], 2 * x.shape[4])),
     triton("convolution", "conv_double", HALF, HOPPER),
     Candidate("library", lambda: convolution.conv_double),
 )
 _norm_silu = define(
     "norm_silu(Tensor x, Tensor gamma, Tensor? past, Tensor(a!)? keep) -> Tensor",
     operands.check_norm_silu,
-    lambda x, *rest: _frames(x, x.shape[1], *(size + 2 for size in x.shape[2:])),
+    lambda x, *rest: _frames(x, x.shape[1], [size + 2 for size in x.shape[2:]]),
     triton("norm_silu", "norm_silu"),
     Candidate("composed", lambda: convolution.norm_silu),
 )
@@ -62,7 +64,7 @@ _conv3d_fp8 = define(
 _norm_silu_fp8 = define(
     "norm_silu_fp8(Tensor x, Tensor gamma, float step, Tensor? past, Tensor(a!)? keep) -> Tensor",
     operands.check_norm_silu_fp8,
-    lambda x, *rest: _frames(x, x.shape[1], *(size + 2 for size in x.shape[2:]), torch.float8_e4m3fn),
+    lambda x, *rest: _frames(x, x.shape[1], [size + 2 for size in x.shape[2:]], torch.float8_e4m3fn),
     triton("norm_silu", "norm_silu_fp8", capability=ADA_UP),
 )
 
