@@ -85,7 +85,7 @@ def main() -> None:
     "--recipe",
     default="exact",
     show_default=True,
-    help="Precision: exact (bf16), fp32, fp8, fp8_linear or fp8_vae.",
+    help="Precision: exact (bf16), fp32, fp8, fp8_linear, fp8_vae or fp8_sparse (an experiment).",
 )
 @click.option("--device", help="cuda, cuda:N or cpu; default: a GPU when there is one.")
 @click.option("--vae-window", type=int, default=4, show_default=True, help="Frames the VAE encodes at once.")

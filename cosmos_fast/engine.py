@@ -342,14 +342,21 @@ class Engine:
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
         loaded = models.network_state(source, self.dtype, self.device)
+        attention = self._attention()  # not on meta: libraries prove themselves on an example
         with torch.device("meta"):
-            network = Network(loaded.config, self._attention(), self.mesh.context)
+            network = Network(loaded.config, attention, self.mesh.context)
         return quant.loaded(network, loaded.state, self.recipe.linear), loaded.notes
 
     def _attention(self) -> SelfAttention:
         if self.recipe.attention == "bf16":
             return self._full_attention()
-        alone, ranks = fp8(self.device), self.mesh.context
+        recipe, ranks = self.recipe, self.mesh.context
+        if recipe.is_sparse and ranks.size > 1:
+            raise EnvironmentProblem(
+                f"recipe: all key tiles must be kept where ranks share the tokens, got {recipe.name} and "
+                f"context={ranks.size}. Take cfg=2, or a clip for each GPU."
+            )
+        alone = fp8(self.device, recipe.attention_share, recipe.attention_mass)
         return alone if ranks.size == 1 else Exchanged(ranks, fp8_operands, fp8_attend)
 
     def _full_attention(self) -> SelfAttention:

@@ -20,6 +20,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"dtype": "bf16"},
     "fp32": {"dtype": "fp32"},
     "fp8": {"dtype": "bf16", "linear": "fp8", "attention": "fp8"},
+    "fp8_sparse": {
+        "dtype": "bf16",
+        "linear": "fp8",
+        "attention": "fp8",
+        "attention_share": 0.5,
+        "attention_head": 0.2,
+    },
     "fp8_linear": {"dtype": "bf16", "linear": "fp8"},
     "fp8_vae": {"dtype": "bf16", "vae": "fp8"},
 }
@@ -39,6 +46,8 @@ class Recipe:
     Transformer Engine; 8 bits need dtype "bf16". attention: self-attention, "bf16" for the same, or "fp8".
     vae: convs of the video VAE's residual blocks, "bf16" for the same, or "fp8".
     attention_head, attention_tail: shares of the steps, the first and the last ones, that attend in `dtype` all the same.
+    attention_share, attention_mass: 8-bit attention over the key tiles that an estimate keeps for each tile of queries: at
+    most this share of them, and no more than hold this share of the estimated weight; 1 and 1 keep all.
     Raises ValueError for any other value.
     """
 
@@ -49,6 +58,8 @@ class Recipe:
     vae: str = "bf16"
     attention_head: float = 0.0
     attention_tail: float = 0.0
+    attention_share: float = 1.0
+    attention_mass: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -64,6 +75,21 @@ class Recipe:
         if not all(type(x) in (int, float) and x >= 0 for x in shares) or sum(shares) > 1:
             rule = "attention_head and attention_tail must be shares of the steps that do not overlap"
             raise ValueError(f"recipe: {rule}, got {shares}. 0.2 and 0.1 leave the middle 70 % to 8 bits.")
+
+        for key in ("attention_share", "attention_mass"):
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not 0 < value <= 1:
+                raise ValueError(f"recipe: {key} must be above 0 and at most 1, got {value!r}. 1 keeps all.")
+        if self.is_sparse and self.attention != "fp8":
+            given = self.attention_share, self.attention_mass
+            raise ValueError(
+                f"recipe: attention must be fp8 where not all key tiles are kept, got {self.attention!r} and {given}."
+            )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether attention leaves key tiles out."""
+        return min(self.attention_share, self.attention_mass) < 1
 
     __repr__ = __str__ = _one_line
 

@@ -37,7 +37,7 @@ class Fp8:
 
 @dataclass(frozen=True)
 class SparseFp8:
-    """`Fp8` over the key tiles that `ops_tiles.estimated_tiles` keeps of each layer's own codes. No recipe asks for it.
+    """`Fp8` over the key tiles that `ops_tiles.estimated_tiles` keeps of each layer's own codes.
 
     share, mass: of the tiles and of the estimated weight; see there. rotate: as in `Fp8`.
     """
@@ -54,9 +54,14 @@ class SparseFp8:
         return ops_tiles.attention_fp8_tiles(codes, tiles, qkv.dtype)[0].flatten(1)
 
 
-def fp8(device: torch.device) -> Fp8:
-    """8-bit attention for this device. Raises EnvironmentProblem where only an emulation would run on a GPU."""
-    op, key = dispatch.TABLE["attention_fp8"], (device.type, torch.float8_e4m3fn)
+def fp8(device: torch.device, share: float = 1.0, mass: float = 1.0) -> Fp8 | SparseFp8:
+    """8-bit attention for this device. Raises EnvironmentProblem where only an emulation would run on a GPU.
+
+    share, mass: of the key tiles that are kept (`SparseFp8`); 1 and 1 keep all.
+    """
+    is_sparse = min(share, mass) < 1
+    name = "attention_fp8_tiles" if is_sparse else "attention_fp8"
+    op, key = dispatch.TABLE[name], (device.type, torch.float8_e4m3fn)
     op.resolve(device, torch.float8_e4m3fn)
     chosen, reasons = op.chosen[key][0], op.reasons[key]
     if device.type == "cuda" and chosen in SLOW:
@@ -65,7 +70,7 @@ def fp8(device: torch.device) -> Fp8:
             f"recipe: attention 'fp8' needs a fast implementation on this GPU, got {chosen!r} ({why}). "
             "Install cosmos-fast[fa3] or cosmos-fast[cudnn], or take the recipe fp8_linear."
         )
-    return Fp8()
+    return SparseFp8(share, mass) if is_sparse else Fp8()
 
 
 def precise(network: Module, recipe: Recipe, attend: SelfAttention) -> Module | None:

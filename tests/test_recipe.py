@@ -9,7 +9,8 @@ from cosmos_fast.recipe import Plan, Recipe
 
 def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
     formats = (
-        "dtype='bf16', linear='bf16', attention='bf16', vae='bf16', attention_head=0.0, attention_tail=0.0"
+        "dtype='bf16', linear='bf16', attention='bf16', vae='bf16', attention_head=0.0, attention_tail=0.0, "
+        "attention_share=1.0, attention_mass=1.0"
     )
     assert str(Recipe.exact()) == f"Recipe(name='exact', {formats})"
     assert Recipe() == Recipe.exact() and Recipe.fp32().to_dict()["dtype"] == "fp32"
@@ -20,6 +21,8 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
         {"vae": "int8"},
         {"vae": "fp8", "dtype": "fp32"},
         {"name": ""},
+        {"attention_share": 0, "attention": "fp8"},
+        {"attention_mass": 1.5, "attention": "fp8"},
     ):
         with pytest.raises(ValueError, match=f"recipe: {next(iter(bad))} must be"):
             Recipe(**bad)
@@ -44,3 +47,12 @@ def test_shares_of_steps_in_full_precision_do_not_overlap() -> None:
     for head, tail in ((-0.1, 0.0), (0.0, 1.1), (0.6, 0.5), (True, 0.0), ("0.1", 0.0), (float("nan"), 0.0)):
         with pytest.raises(ValueError, match="attention_head and attention_tail must be shares"):
             Recipe(attention_head=head, attention_tail=tail)  # type: ignore[arg-type]
+
+
+def test_only_8_bit_attention_leaves_tiles_out() -> None:
+    assert Recipe.preset("fp8_sparse").is_sparse and not Recipe.fp8().is_sparse
+    for key in ("attention_share", "attention_mass"):
+        with pytest.raises(
+            ValueError, match="recipe: attention must be fp8 where not all key tiles are kept"
+        ):
+            Recipe(**{key: 0.5})

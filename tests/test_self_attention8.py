@@ -18,7 +18,7 @@ from cosmos_fast.dispatch import TABLE, use
 from cosmos_fast.formats import EnvironmentProblem
 from cosmos_fast.network import Network
 from cosmos_fast.recipe import Recipe
-from cosmos_fast.self_attention8 import Fp8, fp8, precise, scheduled
+from cosmos_fast.self_attention8 import Fp8, SparseFp8, fp8, precise, scheduled
 from cosmos_fast.testing import rel_error
 
 L, N, K = 96, 2, 64
@@ -449,7 +449,18 @@ def test_a_clip_in_8_bits_is_another_but_nearly_the_same(models: Path, tmp_path:
     exact = made(Recipe.fp32())
     eight = made(Recipe(name="eight", dtype="fp32", attention="fp8"))
     full = made(Recipe(name="full", dtype="fp32", attention="fp8", attention_head=1.0))
+    # So small a picture has one tile of keys, and the best one is always kept.
+    sparse = made(
+        Recipe(name="sparse", dtype="fp32", attention="fp8", attention_share=0.1, attention_mass=0.1)
+    )
     assert 0 < abs(eight - exact).mean() < 4 and abs(full - exact).max() == 0
+    assert 0 < abs(sparse - exact).mean() < 4
+
+
+def test_a_recipe_that_keeps_fewer_tiles_attends_over_lists() -> None:
+    cpu = torch.device("cpu")
+    assert fp8(cpu) == Fp8()
+    assert fp8(cpu, 0.5) == SparseFp8(0.5, 1.0) and fp8(cpu, mass=0.9) == SparseFp8(1.0, 0.9)
 
 
 def test_info_names_what_it_would_use_and_why() -> None:
