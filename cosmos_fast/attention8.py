@@ -237,7 +237,7 @@ def load_cudnn() -> Attend8:
 def example(device: torch.device | str, L: int = 192, S: int = 320, N: int = 2, K: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v, score_step: scores from flat to peaked, in one head and the other."""
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, N, K, generator=draw) * 30 for n in (L, S, S))
+    q, k, v = (torch.randn(n, N, K, generator=draw, device="cpu") * 30 for n in (L, S, S))
     q[:, -1] *= 6
     # Clamped: torch makes NaN of what is too large for e4m3 up to 2.11, 448 later.
     q, k, v = (x.clamp(-E4M3_MAX, E4M3_MAX).to(device).to(E4M3) for x in (q, k, v))

@@ -192,6 +192,10 @@ def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
         _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
 
 
+STARTS = {"q": 16, "k": 16, "v": 16, "score_step": 4, "v_step": 16, "v_mean": 16}
+"""Bytes on whose multiples the operands of `attention_fp8` start in their storage: kernels read 16 at once, but one step."""
+
+
 def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_fp8") -> None:  # type: ignore[no-untyped-def]
     packed = (*k.shape[1:], -(-k.shape[0] // 16) * 16)
     fits = q.dim() == k.dim() == 3 and q.shape[1:] == k.shape[1:] and v.shape in (k.shape, packed)
@@ -205,6 +209,9 @@ def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_
     fits = score_step.shape == (1,) and score_step.dtype == torch.float32
     _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
     _check_channels(op, q.shape[1], q.shape[2], v_step, v_mean)
+    for (name, start), x in zip(STARTS.items(), (q, k, v, score_step, v_step, v_mean), strict=True):
+        first = x.storage_offset() * x.element_size()
+        _check(first % start == 0, op, f"{name} must start on {start} bytes of its storage", first)
     _check(out.is_floating_point, op, "the output dtype must be a floating-point one", out)
 
 

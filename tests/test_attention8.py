@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast import _native, attention8, ops_attention8, reference, testing
+from cosmos_fast import _native, attention8, ops_attention8, reference, self_attention, testing
 from cosmos_fast.dispatch import TABLE, use
+from cosmos_fast.exchange import Exchanged, fp8_attend, fp8_operands
+from cosmos_fast.operands import STARTS
+from cosmos_fast.parallel import ALONE
+from cosmos_fast.recipe import Plan, Recipe
 from cosmos_fast.reference import PACK
 from cosmos_fast.self_attention8 import Fp8
 
@@ -120,6 +124,102 @@ def test_steps_without_a_key_change_nothing() -> None:
     given = operands(3, 100, 1, 32)
     tiles, counts = torch.tensor([[[1, 0]]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32)
     agree(twin().attention_fp8_tiles(*given, torch.float32, tiles, counts), exact(given), given[5])
+
+
+# --- what a kernel may rely on ---
+
+
+def demands() -> dict[str, int]:
+    """Bytes on which csrc/attention8.cpp wants each operand to start."""
+    source = (ROOT / "csrc" / "attention8.cpp").read_text()
+    default = re.search(r"void check_on\([^)]*int alignment = (\d+)\)", source)
+    found = re.findall(r"= (?:codes|floats)_of\((\w+), q, \"\w+\", (.*)\);", source)
+    fixed = {"sizeof(float)": 4}
+    return {
+        name: next((size for text, size in fixed.items() if text in rest), int(default[1]) if default else 16)
+        for name, rest in found
+    }
+
+
+class Strict:
+    """Our kernel as far as its checks go: refuses what that would, then computes in plain torch."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *given: Any) -> Tensor:
+        *tensors, out = given
+        for (name, start), x in zip(demands().items(), tensors, strict=True):
+            assert x.is_contiguous() and x.data_ptr() % start == 0, (name, start, x.data_ptr() % 16)
+        q, k, v, score_step, v_step, v_mean = tensors
+        assert v.shape == (*k.shape[1:], -(-k.shape[0] // 16) * 16) or v.shape == k.shape
+        rows = v if v.shape == k.shape else reference.unpacked(v, k.shape[0])
+        self.calls += 1
+        return (attention8.emulated(q, k, rows, score_step, torch.float32) * v_step + v_mean).to(out)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Strict:
+    """In place of our kernel, and chosen as it is on a GPU, so that producers give what they give there."""
+    kernel = Strict()
+    chosen = {("cpu", torch.float8_e4m3fn): ("own", kernel)}
+    monkeypatch.setattr(TABLE["attention_fp8"], "chosen", chosen)
+    return kernel
+
+
+def test_the_kernel_demands_no_more_than_every_call_is_checked_for() -> None:
+    found = demands()
+    assert found.keys() == STARTS.keys()
+    assert all(STARTS[name] % start == 0 for name, start in found.items()), found
+
+
+def projection(L: int, N: int, K: int) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(L)
+    angle = torch.rand(L, K // 2, generator=draw)
+    return torch.randn(L, 3 * N * K, generator=draw), torch.ones(K), torch.ones(K), angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("L", [1, 15, 33, 64])
+@pytest.mark.parametrize("K", [32, 128])
+def test_the_kernel_takes_what_a_layer_makes(strict: Strict, L: int, K: int) -> None:
+    given = projection(L, 3, K)
+    out = Fp8()(*given, 0)
+    assert strict.calls == 1 and testing.rel_error(out, self_attention.exact(*given, 0)) < 0.08
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("L", [1, 33])
+def test_the_kernel_takes_what_ranks_exchange(strict: Strict, L: int, parts: int) -> None:
+    """Codes side by side in rows of bytes, heads part by part, steps and means cut from those of all heads."""
+    given = projection(L, 3, 128)
+    out = Exchanged(ALONE, fp8_operands, fp8_attend, parts=parts)(*given, 0)
+    assert strict.calls == parts and testing.rel_error(out, self_attention.exact(*given, 0)) < 0.08
+
+
+def test_an_operand_that_starts_where_no_kernel_reads_is_refused_on_any_device() -> None:
+    given = list(operands(4, 5, 1, 32))
+    aside = torch.empty(4 * 32 + 8, dtype=torch.float8_e4m3fn)[8:].view(4, 1, 32).copy_(given[0])
+    with pytest.raises(RuntimeError, match="q must start on 16 bytes of its storage, got 8"):
+        torch.ops.cosmos_fast.attention_fp8(aside, *given[1:], torch.float32)
+    given[3] = torch.cat((given[3], given[3], given[3]))[2:]
+    assert torch.ops.cosmos_fast.attention_fp8(*given, torch.float32).isfinite().all()
+
+
+def test_libraries_prove_themselves_inside_a_context_of_another_device() -> None:
+    with torch.device("meta"):
+        assert attention8.proven("plain", attention8.emulated, "cpu") is attention8.emulated
+
+
+def test_an_engine_chooses_its_attention_outside_of_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, every example fails, and the first implementation without one is taken in silence."""
+    from cosmos_fast import engine
+
+    seen: list[torch.device] = []
+    monkeypatch.setattr(engine, "fp8", lambda *_: seen.append(torch.get_default_device()) or Fp8())
+    engine.Engine(
+        model="edge", recipe=Recipe(name="a", dtype="fp32", attention="fp8"), plan=Plan(device="cpu")
+    )
+    assert seen and {device.type for device in seen} == {"cpu"}
 
 
 # --- the layouts of the CUDA kernel ---
