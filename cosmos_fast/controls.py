@@ -53,8 +53,8 @@ MASK_FILTER: Final = "linear"
 GUIDED_FILTER: Final = MappingProxyType({".mp4": "area", ".npz": "linear"})
 """Filter that brings a guided mask to model size, by kind of file."""
 
-BATCH: Final = 4
-"""Frames a worker handles at once: 4 frames of 720p are 43 MB in fp32."""
+BATCH: Final = 1
+"""Frames a worker handles at once, so that a few frames already keep all workers busy."""
 
 
 # -------------------------------------------------------------------------------------- edge and vis
@@ -72,7 +72,7 @@ def edge(frames: np.ndarray, preset: str = "medium", *, threads: int | None = No
 
     def detect(part: np.ndarray, out: np.ndarray) -> None:
         for frame, result in zip(part, out, strict=True):
-            result[:] = cv2.Canny(frame, low, high)[..., None]
+            cv2.cvtColor(cv2.Canny(frame, low, high), cv2.COLOR_GRAY2RGB, result)
 
     return _map_frames(detect, frames, threads)
 

@@ -60,6 +60,7 @@ class ClipInputs:
         """The chunk's inputs; controls without a file are made from its frames."""
         given = self.room(chunk)
         self.fill(chunk, given, 0, chunk.length)
+        self.make(chunk, given, 0, chunk.length)
         return given
 
     def room(self, chunk: Chunk) -> ChunkInputs:
@@ -75,27 +76,13 @@ class ClipInputs:
         )
 
     def fill(self, chunk: Chunk, given: ChunkInputs, start: int, stop: int) -> list[str]:
-        """Read frames `start` to `stop` of the chunk, behind those that are there.
+        """Read frames `start` to `stop` of the chunk from its files, behind those that are there.
 
-        Returns the controls that are there now as well: a maker that wants the whole chunk waits for its last frame.
+        Returns the controls that are there now as well.
         """
         self._fill(given.frames, self.source, chunk, start, stop)
-        there = []
-        for name, control in self.clip.spec.controls.items():
-            made = given.controls[name]
-            if name in self._controls:
-                self._fill(made, self._controls[name], chunk, start, stop)
-                there.append(name)
-                continue
-            maker = find_maker(name, self._makers)
-            begin = start if isinstance(maker, FrameMaker) else 0
-            if isinstance(maker, FrameMaker) or stop == chunk.length:
-                frames = maker.make(
-                    given.frames[begin:stop], control, source=self.clip.spec.video_path, start=chunk.start,
-                    stop=chunk.stop,
-                )  # fmt: skip
-                _copy(made[begin:stop], frames, name)
-                there.append(name)
+        for name, source in self._controls.items():
+            self._fill(given.controls[name], source, chunk, start, stop)
         for name, source in self._masks.items():
             self._fill(given.masks[name], source, chunk, start, stop, binary_mask)
         if given.guided is not None and self._guided is not None:
@@ -106,18 +93,40 @@ class ClipInputs:
             window = self._labels[chunk.start : chunk.stop]
             resized = resize(np.repeat(window[..., None], 3, axis=3), self.clip.model_size, "linear")[..., 0]
             given.guided[:] = pad(resized.astype(np.float32) / 255, chunk.length)
+        return list(self._controls)
+
+    def make(self, chunk: Chunk, given: ChunkInputs, start: int, stop: int) -> list[str]:
+        """Make frames `start` to `stop` of the controls that have no file, from frames that are there.
+
+        Returns the controls that are there now as well: a maker that wants the whole chunk waits for its last frame.
+        """
+        there = []
+        for name, control in self.clip.spec.controls.items():
+            if name in self._controls:
+                continue
+            made, maker = given.controls[name], find_maker(name, self._makers)
+            begin = start if isinstance(maker, FrameMaker) else 0
+            if isinstance(maker, FrameMaker) or stop == chunk.length:
+                frames = maker.make(
+                    given.frames[begin:stop], control, source=self.clip.spec.video_path, start=chunk.start,
+                    stop=chunk.stop,
+                )  # fmt: skip
+                _copy(made[begin:stop], frames, name)
+                there.append(name)
         return there
 
     @staticmethod
     def _fill(
         out: np.ndarray, source: Source, chunk: Chunk, start: int, stop: int,
-        convert: Callable[[np.ndarray], np.ndarray] = lambda frames: frames,
+        convert: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         """Frames of a file, which goes on as its own mirror; an image serves every frame."""
         is_image = source.probe.kind == "image"
         first, last = (0, 1) if is_image else (chunk.start, min(chunk.stop, source.frames))
         there = min(stop, last - first)
-        if start < there:
+        if start < there and convert is None:
+            source.read(first + start, first + there, out[start:there])
+        elif start < there:
             out[start:there] = convert(source.read(first + start, first + there))
         for frame, same in enumerate(mirror_index(last - first, chunk.length)[:stop]):
             if frame >= max(start, there):

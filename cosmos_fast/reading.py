@@ -14,8 +14,10 @@ from .inputs import ChunkInputs, ClipInputs
 from .stages import Stages
 from .worker import Worker
 
-WINDOW: Final = 32
+WINDOW: Final = 8
 """Frames read before those who wait are told: enough for controls that are made of frames by eight threads."""
+AHEAD: Final = 3
+"""Windows that are read while the controls of the one before them are made."""
 
 
 class Reading:
@@ -25,7 +27,7 @@ class Reading:
         self.chunk = chunk
         self._news = threading.Condition()
         self._given: ChunkInputs | None = None
-        self._read = 0
+        self._read = self._done = 0  # frames read; frames whose controls are made as well
         self._there: dict[str, int] = {}  # frames of each control
         self._lit: set[str] = set()
         self._error: BaseException | None = None
@@ -40,11 +42,11 @@ class Reading:
 
     def is_lit(self, name: str) -> bool:
         """Whether there is such a control and any pixel of it is not black; known with the first that is not."""
-        self._await(lambda: name in self._lit or self._read == self.chunk.length)
+        self._await(lambda: name in self._lit or self._done == self.chunk.length)
         return name in self._lit
 
     def whole(self) -> ChunkInputs:
-        return self._await(lambda: self._read == self.chunk.length)
+        return self._await(lambda: self._done == self.chunk.length)
 
     def _await(self, has_come: Callable[[], bool]) -> ChunkInputs:
         with self._news:
@@ -57,28 +59,40 @@ class Reading:
     # --- the reader's side ---
 
     def read(self, inputs: ClipInputs, stop: threading.Event) -> None:
-        """Read it all, unless told to stop; an error is for those who wait."""
+        """Read it all, unless told to stop; an error is for those who wait.
+
+        A second thread makes the controls that have no file, a few windows behind this one.
+        """
         try:
             given = inputs.room(self.chunk)
-            for start, end in _windows(self.chunk.length):
-                if stop.is_set():
-                    return
-                there = dict.fromkeys(inputs.fill(self.chunk, given, start, end), end)
-                lit = {
-                    name
-                    for name in there
-                    if name not in self._lit
-                    and not is_black(given.controls[name][self._there.get(name, 0) : end])
-                }
-                with self._news:
-                    self._given, self._read = given, end
-                    self._there |= there
-                    self._lit |= lit
-                    self._news.notify_all()
+
+            def make(window: tuple[int, int]) -> None:
+                there = inputs.make(self.chunk, given, *window)
+                self._tell(given, there, window[1], done=window[1])
+
+            with Worker(make, AHEAD, "maker") as maker:
+                for start, end in _windows(self.chunk.length):
+                    if stop.is_set():
+                        return
+                    self._tell(given, inputs.fill(self.chunk, given, start, end), end, read=end)
+                    maker.put((start, end))
         except BaseException as error:  # raised where it is waited for
             with self._news:
                 self._error = error
                 self._news.notify_all()
+
+    def _tell(self, given: ChunkInputs, there: list[str], end: int, *, read: int = 0, done: int = 0) -> None:
+        """These controls are there up to frame `end`; so much of the chunk has been read, or done."""
+        lit = {
+            name
+            for name in there
+            if name not in self._lit and not is_black(given.controls[name][self._there.get(name, 0) : end])
+        }
+        with self._news:
+            self._given, self._read, self._done = given, max(self._read, read), max(self._done, done)
+            self._there |= dict.fromkeys(there, end)
+            self._lit |= lit
+            self._news.notify_all()
 
 
 def _windows(length: int) -> list[tuple[int, int]]:

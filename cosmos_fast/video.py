@@ -70,14 +70,15 @@ class Source:
         self._stream: Iterator[av.VideoFrame] = iter(())
         self._rewind()
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Frames start..stop-1 as uint8 RGB (stop-start, H, W, 3); the array is the caller's own."""
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Frames start..stop-1 as uint8 RGB (stop-start, H, W, 3), in `out` or an array that is the caller's own."""
         if not 0 <= start < stop <= self.frames:
             raise ValueError(f"Source.read: needs 0 <= start < stop <= {self.frames}, got {start}, {stop}.")
         self._check_unchanged()
         if self._decoder is None or start < self._position - len(self._tail):
             self._rewind()
-        out = np.empty((stop - start, self.size[1], self.size[0], 3), np.uint8)
+        if out is None:
+            out = np.empty((stop - start, self.size[1], self.size[0], 3), np.uint8)
         first_kept = self._position - len(self._tail)
         held = (
             self._tail[start - first_kept : stop - first_kept] if start < self._position else self._tail[:0]

@@ -214,15 +214,38 @@ def test_a_maker_of_ones_own_gets_the_whole_chunk(clip: Path) -> None:
     assert asked == [(CHUNK, 0, CHUNK)]
 
 
+def test_controls_are_made_while_the_next_frames_are_read(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first window's controls wait here for the frames of the second: one after the other they never came."""
+    monkeypatch.setattr(reading, "WINDOW", 2)
+    plan, make = planned(clip, max_frames=CHUNK, edge={}), ClipInputs.make
+
+    def late(self: ClipInputs, chunk: Any, given: Any, start: int, stop: int) -> list[str]:
+        one.frames(stop, stop + 1) if stop < CHUNK else None
+        return make(self, chunk, given, start, stop)
+
+    with ClipInputs(plan) as inputs:
+        expected = inputs.read(plan.chunks[0])
+        monkeypatch.setattr(ClipInputs, "make", late)
+        one = reading.Reading(plan.chunks[0])
+        threading.Thread(target=one.read, args=(inputs, threading.Event()), daemon=True).start()
+        whole: list[Any] = []
+        waits = threading.Thread(target=lambda: whole.append(one.whole()), daemon=True)
+        waits.start()
+        waits.join(10)
+        assert whole and np.array_equal(whole[0].controls["edge"], expected.controls["edge"])
+
+
 def test_what_keeps_a_chunk_from_being_read_reaches_who_waits(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Source.read
 
-    def fail(self: Source, start: int, stop: int) -> np.ndarray:
+    def fail(self: Source, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         if stop > CHUNK:
             raise MediaError("the file ends early")
-        return read(self, start, stop)
+        return read(self, start, stop, out)
 
     monkeypatch.setattr(Source, "read", fail)
     plan = planned(clip)
