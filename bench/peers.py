@@ -6,6 +6,7 @@ the published pipeline then passes zero image features, and so does this.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,24 @@ CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+
+@contextmanager
+def absent(package: str) -> Iterator[None]:
+    """Imports inside do as if the package were not installed; what is loaded of it comes back afterwards.
+
+    diffusers imports peft if it is there, which imports Transformer Engine if that is there: its libraries would join the
+    peer's process for nothing, and a broken one would take the peer with it.
+    """
+    loaded = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if (name + ".").startswith(package + ".")
+    }
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.update(loaded)
 
 
 def without_torchvision() -> None:
@@ -69,11 +88,12 @@ class Diffusers:
     """
 
     def __init__(self, config: NetworkConfig, state: dict[str, Tensor]) -> None:
-        from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
-
         if config.branches != 1:
             raise ValueError(f"Diffusers: one control branch is supported, got {config.branches}.")
-        without_torchvision()
+        with absent("transformer_engine"):
+            from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
+
+            without_torchvision()
         named: dict[str, dict[str, Tensor]] = {"transformer": {}, "controlnet": {}}
         for published, tensor in state.items():
             for place, name in diffusers_names(published):

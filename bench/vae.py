@@ -13,6 +13,7 @@ import roofline
 import torch
 import torch.nn.functional as F
 from denoiser import Bench, Call
+from peers import absent
 from published import gib
 from torch import Tensor, nn
 from watch import Watch
@@ -63,7 +64,8 @@ class Diffusers:
     def __init__(
         self, config: VAEConfig, state: dict[str, Tensor], dtype: torch.dtype, is_last: bool
     ) -> None:
-        from diffusers import AutoencoderKLWan
+        with absent("transformer_engine"):
+            from diffusers import AutoencoderKLWan
 
         with torch.device("meta"):
             self.net = AutoencoderKLWan(base_dim=config.base, z_dim=config.latent_channels)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +23,11 @@ import bench_fp8  # noqa: E402
 import bench_fp8_attention  # noqa: E402
 import fp8_linears  # noqa: E402
 import fp8_producers  # noqa: E402
+import peers  # noqa: E402
 import report  # noqa: E402
 
 from cosmos_fast import te_linears  # noqa: E402
+from cosmos_fast.formats import EnvironmentProblem  # noqa: E402
 
 
 def test_a_call_by_recipe_and_what_this_machine_lacks(tmp_path: Path) -> None:
@@ -138,3 +143,114 @@ def test_delayed_scaling_settles_before_weights_are_kept(engine: None) -> None:
             call()
     assert one.inner.told == [True] * 4 + [False] * 2 and one.inner.stored is None
     fp8_linears.delayed_recipe.cache_clear()
+
+
+# --- one cuDNN in a process ----------------------------------------------------------------------------
+
+PARTS = ("adv", "cnn", "graph", "heuristic", "ops")
+
+
+class Process:
+    """torch beside its own cuDNN, a second one in the system, and what is loaded of them."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.own, self.system = place / "site" / "nvidia" / "cudnn" / "lib", place / "system lib"
+        for folder in (self.own, self.system):
+            folder.mkdir(parents=True)
+            for name in ("libcudnn", *(f"libcudnn_{part}" for part in PARTS)):
+                (folder / f"{name}.so.9").touch()
+        self.maps, self.loaded = place / "maps", []
+        monkeypatch.setattr(te_linears, "MAPS", self.maps)
+        monkeypatch.setattr(torch, "__file__", str(place / "site" / "torch" / "__init__.py"))
+        monkeypatch.setattr(ctypes, "CDLL", lambda path, mode: self.loaded.append((Path(path), mode)))
+        for name in ("CUDNN_HOME", "CUDNN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+
+    def holds(self, *libraries: Path) -> None:
+        lines = (f"7f00{i:04x}-7f01{i:04x} r-xp 00000000 08:01 {i} {x}" for i, x in enumerate(libraries))
+        self.maps.write_text("55aa-55ab r--p 0 08:01 3 /usr/bin/python3\n" + "\n".join(lines) + "\n7ffc-7ffd rw-p 0 00:00 0 [stack]\n")  # fmt: skip
+
+
+@pytest.fixture
+def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
+    return Process(tmp_path, monkeypatch)
+
+
+def test_transformer_engine_finds_the_cudnn_of_torch_and_all_of_its_parts(process: Process) -> None:
+    process.holds(process.own / "libcudnn.so.9", process.own / "libcudnn_graph.so.9")
+    with te_linears.torchs_cudnn() as folder:
+        assert folder == process.own and os.environ["CUDNN_HOME"] == str(process.own)
+    assert "CUDNN_HOME" not in os.environ
+    assert [path.name for path, _ in process.loaded] == [
+        f"libcudnn_{part}.so.9" for part in ("graph", "adv", "cnn", "heuristic", "ops")
+    ]
+    assert all(path.parent == process.own and mode & ctypes.RTLD_GLOBAL for path, mode in process.loaded)
+
+
+def test_a_shim_of_the_system_that_a_peer_left_behind_is_not_torchs(process: Process) -> None:
+    process.holds(process.system / "libcudnn.so.9.8.0", process.own / "libcudnn.so.9")
+    assert te_linears.cudnn_folder() == process.own
+    process.holds(process.system / "libcudnn.so.9.8.0")
+    assert te_linears.cudnn_folder() == process.system, "a torch that was built with it"
+
+
+@pytest.mark.parametrize("name", ["CUDNN_HOME", "CUDNN_PATH"])
+def test_where_the_user_says_where_cudnn_is_that_stands(
+    process: Process, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    process.holds(process.own / "libcudnn.so.9")
+    monkeypatch.setenv(name, "/elsewhere")
+    with te_linears.torchs_cudnn():
+        assert os.environ[name] == "/elsewhere" and len({"CUDNN_HOME", "CUDNN_PATH"} & os.environ.keys()) == 1
+    assert os.environ[name] == "/elsewhere" and len(process.loaded) == len(PARTS)
+
+
+def test_parts_of_two_are_named(process: Process) -> None:
+    process.holds(process.own / "libcudnn.so.9", process.system / "libcudnn_heuristic.so.9.8.0")
+    with pytest.raises(EnvironmentProblem, match=r"one cuDNN must be loaded, torch's, got parts from .*system lib.*CUDNN_HOME"):  # fmt: skip
+        te_linears.imported()
+    assert not process.loaded
+
+
+def test_without_cudnn_or_maps_nothing_is_loaded(process: Process) -> None:
+    for text in ("", None):
+        process.maps.unlink(missing_ok=True)
+        if text is not None:
+            process.maps.write_text(text)
+        with te_linears.torchs_cudnn() as folder:
+            assert folder is None and "CUDNN_HOME" not in os.environ
+    assert not process.loaded
+
+
+def test_a_library_that_does_not_fit_says_what_to_set(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> None:
+        raise OSError("/lib/libcudnn_cnn.so.9: undefined symbol: x, version libcudnn_graph.so.9")
+
+    process.holds(process.own / "libcudnn.so.9")
+    monkeypatch.setattr(te_linears, "import_module", broken)
+    monkeypatch.delitem(sys.modules, "transformer_engine.pytorch", raising=False)
+    with pytest.raises(EnvironmentProblem) as caught:
+        te_linears.imported()
+    assert f"LD_LIBRARY_PATH set to torch's cuDNN, {process.own}, or use" in str(caught.value)
+    assert "CUDNN_HOME" not in os.environ
+
+
+def test_peers_do_as_if_transformer_engine_were_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("engine_of_tests", "engine_of_tests.part"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    kept = ModuleType("engine_of_tests_not")
+    monkeypatch.setitem(sys.modules, kept.__name__, kept)
+    before = {name: sys.modules[name] for name in ("engine_of_tests", "engine_of_tests.part")}
+    with peers.absent("engine_of_tests"):
+        assert importlib.util.find_spec("engine_of_tests") is None and sys.modules[kept.__name__] is kept
+        for name in before:
+            with pytest.raises(ImportError):
+                importlib.import_module(name)
+    assert all(sys.modules[name] is module for name, module in before.items())
+    with pytest.raises(ZeroDivisionError), peers.absent("never_loaded"):
+        raise ZeroDivisionError
+    assert "never_loaded" not in sys.modules
