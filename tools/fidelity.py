@@ -9,7 +9,8 @@ those that the rule leaves in full precision too. Clips: the same request and se
 each other one, for every control and the few-step model: latent error, PSNR, SSIM, and what tools/evaluate_model.py
 measures of both. Yardsticks: the exact recipe with another attention library (what rounding alone does), and with
 another seed. Clips are rendered into FOLDER unless they lie there. With --deadline-s the clips done by then count; what
-fails is recorded and the rest goes on. OUT: a .json file, or the folder bench/results. On a CPU recipes run in fp32 but for
+fails is recorded and the rest goes on, but a recipe that failed for any request, or ran on other implementations for some,
+gets no figures and meets no goal. OUT: a .json file, or the folder bench/results. On a CPU recipes run in fp32 but for
 what they quantise, and --recipes attention --clips 1 --steps 4 takes minutes; --clips 0 looks at layers and calls alone.
 """
 
@@ -20,11 +21,13 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,11 +43,13 @@ from probe import WEIGHTS as PROBE  # noqa: E402
 from records import destination  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from cosmos_fast.dispatch import use, used  # noqa: E402
+from cosmos_fast.dispatch import TABLE, use, used  # noqa: E402
 from cosmos_fast.formats import CONTROLS, DISTILLED  # noqa: E402
 
 GOALS = {"psnr_db": 35.0, "metric_change": 0.02}
 """Mean PSNR against exact, at least; change of the mean of each measure of control, at most. The few-step model apart."""
+STEADY = ("attention", "attention_fp8", "linear_fp8", "linear_gelu_fp8")
+"""Ops whose implementation a figure is of: one and the same for all clips."""
 
 # --- clips -----------------------------------------------------------------------------------------
 
@@ -69,6 +74,7 @@ def run(job: jobs.Job, names: Sequence[str], other_library: str | None) -> dict[
     frames, latents = one.generate(spec).frames, one.latents
     made = {name: make(name, name) for name in names}
     implementations = used()  # before another library is forced, which begins them anew
+    others = {op: why for op in STEADY for why in TABLE[op].reasons.values() if why}
     if other_library:
         made["other library"] = make("other library", "exact", attention=other_library)
     made["other seed"] = make("other seed", "exact", spec.model_copy(update={"seed": spec.seed + 1000}))
@@ -82,7 +88,7 @@ def run(job: jobs.Job, names: Sequence[str], other_library: str | None) -> dict[
                 "worst_frame_db": min(by_frame), "ssim": ssim(other, frames),
                 "latent": float((z - latents).norm() / latents.norm()),
             }  # fmt: skip
-    return {"clip": job.clip, "tag": job.tag, "rows": rows, "failed": failed, "used": implementations,
+    return {"clip": job.clip, "tag": job.tag, "rows": rows, "failed": failed, "used": implementations, "others": others,
             "seconds": time.monotonic() - started}  # fmt: skip
 
 
@@ -101,12 +107,35 @@ def jobs_of(clips: int, models: Sequence[str], steps: int | None) -> list[list[j
     return every
 
 
-def summary(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def ran(done: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Of each op every implementation that some request ran."""
+    ops = sorted({op for d in done for op in d["used"]})
+    return {op: sorted({name for d in done for name in d["used"].get(op, ())}) for op in ops}
+
+
+def withheld(done: Sequence[Mapping[str, Any]], lost: Mapping[str, str]) -> dict[str, str]:
+    """Recipes and yardsticks that get no figures, and why: of some requests alone they would be of other clips than said.
+
+    lost: requests of which nothing came, and what they said.
+    """
+    ways = {op: {"+".join(d["used"][op]) for d in done if op in d["used"]} for op in STEADY}
+    mixed = [f"{op} ran as {' and as '.join(sorted(one))}" for op, one in ways.items() if len(one) > 1]
+    found = {}
+    for name in dict.fromkeys(n for d in done for n in (*d["rows"], *d["failed"]) if n != "exact"):
+        said = [*lost.values(), *(d["failed"][name] for d in done if name in d["failed"])]
+        if said:
+            found[name] = f"{len(said)} of {len(done) + len(lost)} requests failed, the first with {said[0]}"
+        elif mixed:
+            found[name] = "; ".join(mixed)
+    return found
+
+
+def summary(done: Sequence[Mapping[str, Any]], without: Mapping[str, str]) -> dict[str, Any]:
     """By recipe: PSNR and so on over all clips, its worst, by kind of request; each measure beside the exact one's."""
     names = list(dict.fromkeys(name for d in done for name in d["rows"] if name != "exact"))
     table = {}
-    for name in names:
-        rows = [(d["tag"], d["rows"][name], d["rows"]["exact"]) for d in done if name in d["rows"]]
+    for name in (name for name in names if name not in without):
+        rows = [(d["tag"], d["rows"][name], d["rows"]["exact"]) for d in done]
         one: dict[str, Any] = {key: mean([row[key] for _, row, _ in rows]) for key in ("psnr_db", "ssim", "latent")}  # fmt: skip
         one |= {"worst_clip_db": min(row["psnr_db"] for _, row, _ in rows),
                 "worst_frame_db": min(row["worst_frame_db"] for _, row, _ in rows)}  # fmt: skip
@@ -115,33 +144,50 @@ def summary(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             of_tag = [(row, base) for t, row, base in rows if t == tag]
             one["by_request"][tag] = {"psnr_db": mean([row["psnr_db"] for row, _ in of_tag])}
             for measure in of_tag[0][0]["measures"]:
-                value, base = (mean([r["measures"][measure] for r in side]) for side in zip(*of_tag, strict=True))  # fmt: skip
-                one["measures"][tag] = {"measure": measure, "value": value, "exact": base,
-                                        "change": (value - base) / max(abs(base), 1e-9)}  # fmt: skip
+                pairs = [(row["measures"][measure], base["measures"][measure]) for row, base in of_tag]
+                one["measures"][tag] = {"measure": measure} | changed(pairs)
         table[name] = one
     return table
 
 
-def goals(found: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Each goal of each recipe, met or not: of the base models, and of the few-step one by itself."""
+def changed(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Of a measure of the same clips by a recipe and by exact: both means, the relative change of the mean, its error.
+
+    error: the standard error of the change, from how clips differ in it; None for one clip, which cannot tell.
+    """
+    value, base = (mean(side) for side in zip(*pairs, strict=True))
+    whole = max(abs(base), 1e-9)
+    spread = stdev(a - b for a, b in pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None
+    return {"value": value, "exact": base, "change": (value - base) / whole,
+            "error": None if spread is None else spread / whole, "clips": len(pairs)}  # fmt: skip
+
+
+def goals(
+    found: Mapping[str, Any], names: Sequence[str], without: Mapping[str, str], tags: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each goal of each recipe, met or not: of the base models, and of the few-step one by itself.
+
+    tags: kinds of request that were made. A recipe without figures meets none.
+    """
     rows = []
+    ends = {"": [t for t in tags if not t.endswith("distilled")], ".distilled": [t for t in tags if t.endswith("distilled")]}  # fmt: skip
     for name in names:
-        if name not in found:
-            continue
-        for end, few in (("", False), (".distilled", True)):
-            tags = [tag for tag in found[name]["by_request"] if tag.endswith("distilled") == few]
-            if not tags:
+        for end, of_end in ends.items():
+            mine = [tag for tag in of_end if tag in found.get(name, {}).get("by_request", ())]
+            if not mine and not (of_end and name in without):
                 continue
-            changes = [
-                abs(found[name]["measures"][tag]["change"]) for tag in tags if tag in found[name]["measures"]
-            ]
-            values = {
-                "psnr_db": (">=", mean([found[name]["by_request"][tag]["psnr_db"] for tag in tags])),
-                "metric_change": ("<=", max(changes, default=0.0)),
-            }
-            for key, (rule, value) in values.items():
-                passed = value >= GOALS[key] if rule == ">=" else value <= GOALS[key]
-                rows.append({"metric": f"{key}.{name}{end}", "rule": rule, "goal": GOALS[key], "value": value, "passed": bool(passed)})  # fmt: skip
+            for key, rule in (("psnr_db", ">="), ("metric_change", "<=")):
+                row = {"metric": f"{key}.{name}{end}", "rule": rule, "goal": GOALS[key]}
+                if name in without:
+                    rows.append(row | {"value": None, "passed": False, "why": without[name]})
+                elif key == "psnr_db":
+                    value = mean([found[name]["by_request"][tag]["psnr_db"] for tag in mine])
+                    rows.append(row | {"value": value, "passed": bool(value >= GOALS[key])})
+                else:
+                    tag = max(mine, key=lambda tag: abs(found[name]["measures"][tag]["change"]))
+                    most = found[name]["measures"][tag]
+                    rows.append(row | {"value": abs(most["change"]), "passed": bool(abs(most["change"]) <= GOALS[key]),
+                                       "of": tag, "error": most["error"], "clips": most["clips"]})  # fmt: skip
     return rows
 
 
@@ -227,25 +273,31 @@ def measure(
     looks = pools.submit(record["model"], 0, look, record["model"], names, args.steps)
     futures = [[pools.submit(job.model, job.clip, run, job, names, other) for job in clip] for clip in todo]
     done: list[dict[str, Any]] = []
-    record |= {"clips": 0, "fidelity": {}, "goals": [], "used": {}, "per_clip": done}
+    lost: dict[str, str] = {}
+    tags = list(dict.fromkeys(job.tag for clip in todo for job in clip))
+    record |= {"clips": 0, "fidelity": {}, "withheld": {}, "goals": [], "used": {}, "per_clip": done}
     if result(looks, "look", end, record):
         record |= looks.result()
         tell_look(record)
     for k, clip in enumerate(futures):
         for job, future in zip(todo[k], clip, strict=True):
-            if result(future, f"clip {k} {job.tag}", end, record):
+            what = f"clip {k} {job.tag}"
+            if result(future, what, end, record):
                 done.append(future.result())
-                record["failures"] |= {
-                    f"clip {k} {job.tag} {n}": why for n, why in done[-1]["failed"].items()
-                }
-        record |= {"clips": len({d["clip"] for d in done}), "fidelity": summary(done), "used": done[0]["used"] if done else {}}  # fmt: skip
-        record["goals"] = goals(record["fidelity"], names)
+                record["failures"] |= {f"{what} {n}": why for n, why in done[-1]["failed"].items()}
+            elif what in record["failures"]:
+                lost[what] = record["failures"][what]
+        without = withheld(done, lost)
+        record |= {"clips": len({d["clip"] for d in done}), "withheld": without, "fidelity": summary(done, without), "used": ran(done)}  # fmt: skip
+        record["goals"] = goals(record["fidelity"], names, without, tags)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         told = {
-            n: mean([d["rows"][n]["psnr_db"] for d in done if d["clip"] == k and n in d["rows"]])
-            for n in names
+            n: [d["rows"][n]["psnr_db"] for d in done if d["clip"] == k and n in d["rows"]] for n in names
         }
-        print(f"clip {k}: " + ", ".join(f"{n} {v:.1f} dB" for n, v in told.items()), flush=True)
+        print(
+            f"clip {k}: " + ", ".join(f"{n} {mean(v):.1f} dB" if v else f"{n} none" for n, v in told.items()),
+            flush=True,
+        )
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -280,13 +332,23 @@ def verdict(record: Mapping[str, Any]) -> str:
         f"{name:14s} PSNR {row['psnr_db']:5.1f} dB, worst clip {row['worst_clip_db']:5.1f}, SSIM {row['ssim']:.4f}, latent {row['latent']:.2e}"
         for name, row in record["fidelity"].items()
     ]
+    lines += [goal_line(goal) for goal in record["goals"]]
+    lines += [f"no figures: {name}: {why}" for name, why in record["withheld"].items()]
     lines += [
-        f"{'met   ' if goal['passed'] else 'MISSED'}  {goal['metric']:<30} {goal['value']:8.4f}  goal {goal['rule']} {goal['goal']}"
-        for goal in record["goals"]
+        f"failed {count} times: {why}" for why, count in Counter(record["failures"].values()).most_common()
     ]
     if late := record.get("late"):
         lines.append(f"not done by the deadline: {len(late)}")
     return "\n".join(lines)
+
+
+def goal_line(goal: Mapping[str, Any]) -> str:
+    value = "    none" if goal["value"] is None else f"{goal['value']:8.4f}"
+    line = f"{'met   ' if goal['passed'] else 'MISSED'}  {goal['metric']:<30} {value}  goal {goal['rule']} {goal['goal']}"
+    if "of" in goal:
+        error = "" if goal["error"] is None else f" +- {goal['error']:.4f}"
+        line += f"  ({goal['of']},{error} from {goal['clips']} clips)"
+    return line
 
 
 if __name__ == "__main__":

@@ -41,17 +41,15 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def verdict(goals: list[Mapping[str, Any]]) -> str:
-    """Which goals are met, with their values, and which are missed."""
-
-    def told(passed: bool) -> str:
-        return ", ".join(
-            f"{g['metric']} {g['value']:.3g} ({g['rule']} {g['goal']:g})"
-            for g in goals
-            if g["passed"] == passed
-        )
-
-    parts = [f"{title}: {text}." for title, ok in (("Met", True), ("Missed", False)) if (text := told(ok))]
-    return " ".join(parts)
+    """Which goals are met, with their values, which are missed, and which have no value, for some request failed."""
+    by_title: dict[str, list[str]] = {"Met": [], "Missed": [], "Not measured": []}
+    for g in goals:
+        if g["value"] is None:
+            by_title["Not measured"].append(g["metric"])
+        else:
+            error = f" ± {g['error']:.2g}" if g.get("error") else ""
+            by_title["Met" if g["passed"] else "Missed"].append(f"{g['metric']} {g['value']:.3g}{error} ({g['rule']} {g['goal']:g})")  # fmt: skip
+    return " ".join(f"{title}: {', '.join(told)}." for title, told in by_title.items() if told)
 
 
 def shown(results: Any, table: Callable[..., str], note: Callable[..., str]) -> str | None:
