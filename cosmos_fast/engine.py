@@ -234,7 +234,8 @@ class Engine:
                 )
             features[0] = seen.to(self.device, self.dtype)
         world = self.mesh.world
-        made = world.by_first(lambda: self._embedded(texts), [None] * len(texts))
+        nothing: list[Tensor | None] = [None] * len(texts)
+        made = world.by_first(lambda: self._embedded(texts), nothing)
         # From device to device: by the host, 103 MB a prompt would take a quarter of a second.
         embedded = [world.broadcast(text, 0, self.device) for text in made]
         return [

@@ -124,10 +124,11 @@ class ClipInputs:
         is_image = source.probe.kind == "image"
         first, last = (0, 1) if is_image else (chunk.start, min(chunk.stop, source.frames))
         there = min(stop, last - first)
-        if start < there and convert is None:
-            source.read(first + start, first + there, out[start:there])
-        elif start < there:
-            out[start:there] = convert(source.read(first + start, first + there))
+        if start < there:
+            if convert is None:
+                source.read(first + start, first + there, out[start:there])
+            else:
+                out[start:there] = convert(source.read(first + start, first + there))
         for frame, same in enumerate(mirror_index(last - first, chunk.length)[:stop]):
             if frame >= max(start, there):
                 out[frame] = out[same]

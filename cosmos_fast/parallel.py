@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import peer_memory
+from .copies import Copies
 from .dispatch import pick_device
 from .formats import ClipError, CosmosFastError, EnvironmentProblem
 from .recipe import Plan
@@ -96,11 +98,13 @@ class Group:
     """Ranks that exchange tensors, this one being number `rank` of `size`. Values travel as raw bytes, in any dtype.
 
     All members must make the same calls in the same order. A group of one returns what it is given.
+    copies: what does `all_to_all` in place of a collective.
     """
 
     rank: int = 0
     size: int = 1
     handle: dist.ProcessGroup | None = None
+    copies: Copies | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         """Itself: a copied network exchanges with the same ranks."""
@@ -113,6 +117,9 @@ class Group:
         """
         if self.size == 1:
             return Exchange(rows, rows, None)
+        if self.copies is not None:
+            arrived, work = self.copies.start(rows, sent, received)
+            return Exchange(arrived, rows, work)
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(
             arrived, rows, list(received), list(sent), group=self.handle, async_op=True
@@ -294,6 +301,8 @@ class Mesh:
         context, cfg = (
             _axis(ranks.rank, axis, timeout) for axis in (rows, [list(column) for column in zip(*rows)])
         )
+        if plan.exchange == "copies" and context.size > 1:
+            context = replace(context, copies=peer_memory.open_copies(context, device))
         return cls(ranks, device, Group(ranks.rank, ranks.size, dist.group.WORLD), context, cfg)
 
     @property
@@ -320,6 +329,7 @@ def join(
         os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
         # Multicast serves reductions, of which there are none here: its buffers cost memory and start-up.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         backend = "cpu:gloo,cuda:nccl"  # small values go by the host and never wait for the device
     dist.init_process_group(
         backend, rank=ranks.rank, world_size=ranks.size, timeout=timedelta(seconds=timeout_s), store=store

@@ -132,6 +132,8 @@ class Plan:
     vae_encode_batch: controls encoded side by side, each with the memory of one; the latents are those of one alone.
     vae_strips: strips of rows that the VAE cuts a picture into, one after the other, for cards with little memory: 4 take
     about a third of it at 720p for a fifth more arithmetic. Strips overlap by what the convolutions reach: no seam.
+    exchange: how ranks that share tokens pass q, k, v and results on: "collectives" (NCCL, gloo), or "copies" by the copy
+    engines, for GPUs of one host that can read each other's memory; equal bit for bit. EnvironmentProblem where they cannot.
     graphs: record a denoising step into a CUDA graph once per chunk and replay it; equal bit for bit. Meant for sizes so
     small that launching kernels takes longer than running them; it holds the activations of a step for the whole chunk.
     None: where that is so (graphs.pays).
@@ -144,6 +146,7 @@ class Plan:
     vae_decode_window: int = 1
     vae_encode_batch: int = 1
     vae_strips: int = 1
+    exchange: str = "collectives"
     graphs: bool | None = None
 
     def __post_init__(self) -> None:
@@ -175,6 +178,8 @@ class Plan:
                 f"plan: vae_encode_batch must be 1 with vae_strips, got {self.vae_encode_batch}. One saves the memory "
                 "that the other takes."
             )
+        if self.exchange not in ("collectives", "copies"):
+            raise ValueError(f"plan: exchange must be collectives or copies, got {self.exchange!r}.")
         if self.graphs is not None and type(self.graphs) is not bool:
             raise ValueError(f"plan: graphs must be True, False or None, got {self.graphs!r}.")
         if self.graphs and self.device == "cpu":

@@ -28,7 +28,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     2: ("ops", "dispatch operands"),
     3: (
         "quant parallel",
-        "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8 ops_tiles ops_vae ops_exchange",
+        "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8 ops_tiles ops_vae ops_exchange copies peer_memory",
     ),
     4: (
         "network vae text text_cache depth segmentation tiny_style style guardrails",
@@ -66,8 +66,8 @@ QUESTIONS = (
     "get_device_capability",
     "torch.cuda.device_count",
 )
-# SVT-AV1 takes its log level from the environment only.
-EXCEPTIONS = {("video_write.py", "os.environ")}
+# From the environment only SVT-AV1 takes its log level, and Transformer Engine where cuDNN lies.
+EXCEPTIONS = {("video_write.py", "os.environ"), ("te_linears.py", "os.environ")}
 
 
 @functools.cache

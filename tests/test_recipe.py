@@ -31,7 +31,7 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
     assert Plan(device="cuda:1").to_dict()["device"] == "cuda:1" and "\n" not in str(Plan())
     for bad in (
         {"device": "tpu"}, {"device": "cuda:x"}, {"context": 0}, {"context": 2.0}, {"cfg": 3}, {"cfg": True},
-        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0}, {"graphs": 1}, {"vae_encode_batch": 0}, {"vae_strips": 1.5}, {"vae_encode_batch": 2, "vae_strips": 2}, {"vae_strips": 2, "cfg": 2},
+        {"vae_encode_window": 6}, {"vae_encode_window": 0}, {"vae_decode_window": 0}, {"graphs": 1}, {"vae_encode_batch": 0}, {"exchange": "nccl"}, {"vae_strips": 1.5}, {"vae_encode_batch": 2, "vae_strips": 2}, {"vae_strips": 2, "cfg": 2},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"plan: {next(iter(bad))} must be"):
             Plan(**bad)  # type: ignore[arg-type]

@@ -1,0 +1,241 @@
+"""The exchange by copies: what lanes are given, in every order in which a device may do it. Over fake lanes, on the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_fast import peer_memory
+from cosmos_fast.copies import Copies, box
+from cosmos_fast.formats import EnvironmentProblem
+from cosmos_fast.parallel import Group
+from cosmos_fast.peer_memory import Driver, PeerMemory, obstacle
+
+Step = Callable[[], bool]
+"""Does what the head of a lane says; False if it must wait."""
+
+
+class Host:
+    """All ranks in one process: their memory, their flags, and queues that a scheduler works off."""
+
+    def __init__(self, size: int, *, slots: int, slot_bytes: int, one_queue: bool) -> None:
+        self.size, self.one_queue = size, one_queue
+        self.memory = torch.zeros(size, size, slots, slot_bytes, dtype=torch.uint8)
+        self.flags: dict[tuple[int, int, int], int] = {}
+        self.queues: dict[Any, deque[Step]] = {}
+        self.ranks = [Lanes(self, rank, slots, slot_bytes) for rank in range(size)]
+
+    def give(self, rank: int, lane: Any, step: Step) -> None:
+        self.queues.setdefault((rank, "all" if self.one_queue else lane), deque()).append(step)
+
+    def run(self, order: random.Random) -> int:
+        """Until nothing moves; what is left then waits for ever."""
+        moved = True
+        while moved:
+            moved = False
+            for name in order.sample(sorted(self.queues, key=str), len(self.queues)):
+                for _ in range(order.randint(1, 4)):
+                    if self.queues[name] and self.queues[name][0]():
+                        self.queues[name].popleft()
+                        moved = True
+        return sum(map(len, self.queues.values()))
+
+
+class Lanes:
+    """`copies.Peers` of one rank of a Host."""
+
+    def __init__(self, host: Host, rank: int, slots: int, slot_bytes: int) -> None:
+        self.host, self.rank, self.size, self.slots, self.slot_bytes = (
+            host,
+            rank,
+            host.size,
+            slots,
+            slot_bytes,
+        )
+        self.used: set[Any] = set()
+        self.start: list[bool] = []
+
+    def begin(self) -> None:
+        self.used, self.start = set(), []
+        start = self.start
+        self.host.give(self.rank, "main", lambda: start.append(True) or True)
+
+    def end(self) -> Lanes.Ends:
+        return Lanes.Ends(self)
+
+    class Ends:
+        def __init__(self, lanes: Lanes) -> None:
+            self.lanes, self.done = lanes, []
+            self.count = len(lanes.used)
+            for lane in lanes.used:
+                lanes.host.give(lanes.rank, lane, lambda: self.done.append(True) or True)
+
+        def wait(self) -> None:
+            self.lanes.host.give(self.lanes.rank, "main", lambda: len(self.done) == self.count)
+
+    def outbox(self, peer: int, slot: int) -> Tensor:
+        return self.host.memory[self.rank, peer, slot]
+
+    def inbox(self, peer: int, slot: int) -> Tensor:
+        return self.host.memory[peer, self.rank, slot]
+
+    def copy(self, lane: Any, target: Tensor, source: Tensor) -> None:
+        self._give(lane, lambda: target.copy_(source) is target)
+
+    def tell(self, lane: Any, peer: int, flag: int, value: int) -> None:
+        self._give(lane, lambda: self.host.flags.update({(peer, flag, self.rank): value}) is None)
+
+    def await_(self, lane: Any, peer: int, flag: int, value: int) -> None:
+        self._give(lane, lambda: self.host.flags.get((self.rank, flag, peer), 0) >= value)
+
+    def _give(self, lane: Any, step: Step) -> None:
+        if lane not in self.used:
+            self.used.add(lane)
+            start = self.start
+            self.host.give(self.rank, lane, lambda: bool(start))
+        self.host.give(self.rank, lane, step)
+
+
+def messages(size: int, number: int, seed: int) -> list[list[list[int]]]:
+    """counts[exchange][rank][peer]: rows, some of them none, some more than all slots hold."""
+    draw = random.Random(seed)
+    return [[[draw.choice((0, 1, 3, 17)) for _ in range(size)] for _ in range(size)] for _ in range(number)]
+
+
+@pytest.mark.parametrize("one_queue", [False, True], ids=["lanes", "one queue"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_order_brings_what_an_all_to_all_brings(size: int, one_queue: bool) -> None:
+    """Even a device that does all lanes' work one after the other comes to the end."""
+    for seed in range(8):
+        host = Host(size, slots=2, slot_bytes=20, one_queue=one_queue)
+        ranks, counts = [Copies(lanes) for lanes in host.ranks], messages(size, 5, seed)
+        results: list[tuple[Tensor, Tensor]] = []
+        for count in counts:
+            rows = [
+                torch.randint(0, 256, (sum(count[r]), 7), dtype=torch.uint8) for r in range(size)
+            ]  # 7 bytes a row: chunks end within rows
+            for r, copies in enumerate(ranks):
+                received = [count[peer][r] for peer in range(size)]
+                arrived, work = copies.start(rows[r], count[r], received)
+                work.wait()
+                wanted = torch.cat([rows[peer].split(count[peer])[r] for peer in range(size)])
+                results.append((arrived, wanted))
+        assert host.run(random.Random(seed)) == 0, "lanes that wait for ever"
+        assert all(torch.equal(found, wanted) for found, wanted in results)
+
+
+def test_exchanges_under_way_at_once_keep_apart() -> None:
+    """Two halves are sent before the first is awaited, as around an attention."""
+    host = Host(2, slots=2, slot_bytes=8, one_queue=False)
+    ranks = [Copies(lanes) for lanes in host.ranks]
+    given = [[torch.full((6, 4), 10 * r + part, dtype=torch.uint8) for part in range(2)] for r in range(2)]
+    works = [[copies.start(x, [3, 3], [3, 3]) for x in given[r]] for r, copies in enumerate(ranks)]
+    for found in works:
+        for _, work in found:
+            work.wait()
+    assert host.run(random.Random(0)) == 0
+    for found in works:
+        for part, (arrived, _) in enumerate(found):
+            assert arrived[:, 0].tolist() == [part] * 3 + [10 + part] * 3
+
+
+def test_a_slow_peer_holds_back_who_waits_for_it_alone() -> None:
+    """Rank 2 never starts: 0 and 1 have all they sent each other all the same."""
+    host = Host(3, slots=1, slot_bytes=4, one_queue=False)
+    found = []
+    for r in (0, 1):
+        rows = torch.full((12, 4), r, dtype=torch.uint8)
+        found.append(Copies(host.ranks[r]).start(rows, [4, 4, 4], [4, 4, 4])[0])
+    assert host.run(random.Random(1)) > 0
+    assert [x[4 * (1 - r), 0].item() for r, x in enumerate(found)] == [1, 0]
+
+
+def test_a_group_takes_the_copies_it_was_given() -> None:
+    host = Host(2, slots=2, slot_bytes=64, one_queue=False)
+    groups = [Group(r, 2, copies=Copies(lanes)) for r, lanes in enumerate(host.ranks)]
+    found = [
+        g.all_to_all(torch.full((5, 4), g.rank, dtype=torch.uint8), [2, 3], [2 + g.rank] * 2) for g in groups
+    ]
+    arrived = [exchange.wait() for exchange in found]
+    assert host.run(random.Random(0)) == 0
+    assert [x[:, 0].tolist() for x in arrived] == [[0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+
+
+# --- the lanes of a GPU, as far as there are none -----------------------------------------------------
+
+
+def test_boxes_of_an_owner_do_not_overlap() -> None:
+    for owner in range(4):
+        assert [box(peer, owner) for peer in range(4) if peer != owner] == [0, 1, 2]
+
+
+def test_what_keeps_ranks_from_reading_each_others_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: set[tuple[int, int]] = {(0, 1)}
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) in reached)
+    two = [("h", "cuda", 0), ("h", "cuda", 1)]
+    assert obstacle(0, two) is None
+    assert "access from GPU to GPU, got none from 1 to 0" in str(obstacle(1, two))
+    assert "one host" in str(obstacle(0, [("h", "cuda", 0), ("g", "cuda", 1)]))
+    assert "of its own" in str(obstacle(0, [("h", "cuda", 0)] * 2))
+    assert "need GPUs" in str(obstacle(0, [("h", "cpu", None)] * 2))
+
+
+class Stream:
+    """A stream that remembers what it was given."""
+
+    def __init__(self, log: list[str], name: str = "") -> None:
+        self.log, self.cuda_stream, self.name = log, len(log), name
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+
+def test_flags_are_set_where_the_peer_looks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one rank sets lies where the other waits; slots behind the flags, a box for each peer."""
+    size, slot_bytes = 3, 16
+    memory = [
+        torch.zeros(peer_memory.FLAGS + 2 * peer_memory.SLOTS * slot_bytes, dtype=torch.uint8)
+        for _ in range(size)
+    ]
+    calls: list[tuple[str, int, int]] = []
+
+    def rank(number: int) -> PeerMemory:
+        made = object.__new__(PeerMemory)
+        made.rank, made.size, made.slots, made.slot_bytes = number, size, peer_memory.SLOTS, slot_bytes
+        made._all, driver = memory, object.__new__(Driver)
+        driver._set = lambda stream, address, value, flags: calls.append(("set", address, value)) or 0
+        driver._await = lambda stream, address, value, flags: calls.append(("await", address, value)) or 0
+        made._driver, made._stream = driver, lambda lane: Stream([])  # type: ignore[method-assign, assignment, return-value]
+        return made
+
+    for one in range(size):
+        for other in set(range(size)) - {one}:
+            for flag in (0, 1):
+                rank(one).tell(("out", other), other, flag, 7)
+                rank(other).await_(("in", one), one, flag, 7)
+                (_, told, _), (_, awaited, _) = calls[-2:]
+                base = memory[other].data_ptr()
+                assert told == awaited and base <= told < base + peer_memory.FLAGS and told % 4 == 0
+            for slot in range(peer_memory.SLOTS):
+                rank(one).outbox(other, slot).fill_(10 * one + other)
+                assert (rank(other).inbox(one, slot) == 10 * one + other).all()
+    assert len({address for what, address, _ in calls if what == "set"}) == size * (size - 1) * 2
+    for one in range(size):  # no box was written twice, no flag by a copy
+        assert (memory[one][peer_memory.FLAGS :].view(2, -1).float().std(dim=1) == 0).all()
+        assert not memory[one][: peer_memory.FLAGS].any()
+
+
+def test_a_driver_that_refuses_is_an_environment_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = object.__new__(Driver)
+    driver._set = lambda *given: 801
+    with pytest.raises(EnvironmentProblem, match=r"^exchange: .*CUDA error 801"):
+        driver.set(0, 0, 1)
+    monkeypatch.setattr(peer_memory.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no driver")))
+    with pytest.raises(EnvironmentProblem, match="no driver"):
+        Driver()
