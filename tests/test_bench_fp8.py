@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +26,8 @@ import fp8_producers  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 
-from cosmos_fast import te_linears  # noqa: E402
+from cosmos_fast import ops_linear8, te_linears  # noqa: E402
+from cosmos_fast.config import NetworkConfig  # noqa: E402
 from cosmos_fast.formats import EnvironmentProblem  # noqa: E402
 
 
@@ -47,6 +48,46 @@ def test_a_call_by_recipe_and_what_this_machine_lacks(tmp_path: Path) -> None:
     out.write_text(json.dumps(record | {"args": {}}))
     figures = report.figures(report.load(tmp_path / "results"))
     assert {"denoiser_call_s.fp8", "denoiser_weights_gib.fp8", "rounding_share.fp8"} <= set(figures)
+
+
+def test_a_block_does_each_of_its_products_once_and_says_how_many_flop_that_is(tmp_path: Path) -> None:
+    out = tmp_path / "b.json"
+    options = ("--smoke", "--skip-peers", "--rounds", "1", "--only", "te", "--out", str(out))
+    assert bench_fp8.main(list(options)) == 0
+    record = json.loads(out.read_text())
+    block, c = record["linears"]["block"], NetworkConfig.tiny()
+    flop = 2 * 64 * (6 * c.width**2 + 2 * c.width * c.mlp_width)
+    for way in ("bf16", "fp8"):
+        assert block[way]["tflop_s"] * block[way]["ms"] * 1e9 == pytest.approx(flop)
+    assert "needs a CUDA device" in block["te, current scaling"]["error"]
+    assert block["bf16"]["relative_l2"] == 0 < block["fp8"]["relative_l2"] < 0.1
+    assert record["te_call"]["recipes"]["fp8_te"]["error"]
+
+
+def test_the_products_that_count_are_those_that_a_block_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = SimpleNamespace(smoke=True, rounds=1)
+    bench = SimpleNamespace(args=args, device=torch.device("cpu"), config=NetworkConfig.tiny())
+    said: list[float] = []
+    done: list[float] = []
+
+    def counting(product: Any) -> Any:
+        def counted(x: Any, weight: Tensor, *rest: Any) -> Any:
+            if x.codes.shape[0] == 64:  # the proof has 200 rows
+                done.append(2.0 * 64 * weight.numel())
+            return product(x, weight, *rest)
+
+        return counted
+
+    def part(self: Any, name: str, ways: Any, flop: float, exact: Any) -> None:
+        said.append(flop)
+        with torch.no_grad():
+            ways["fp8"]()()
+
+    monkeypatch.setattr(fp8_linears.Linears, "part", part)
+    for name in ("linear", "linear_gelu"):
+        monkeypatch.setattr(ops_linear8, name, counting(getattr(ops_linear8, name)))
+    fp8_linears.Linears(bench).block()  # type: ignore[arg-type]
+    assert said == [sum(done)] and len(done) == 6
 
 
 def test_launch_choices_are_named_as_the_constants_to_set() -> None:
