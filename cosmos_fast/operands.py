@@ -192,8 +192,25 @@ def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
         _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
 
 
-STARTS = {"q": 16, "k": 16, "v": 16, "score_step": 4, "v_step": 16, "v_mean": 16}
-"""Bytes on whose multiples the operands of `attention_fp8` start in their storage: kernels read 16 at once, but one step."""
+STARTS = {
+    "q": 16,
+    "k": 16,
+    "v": 16,
+    "score_step": 4,
+    "v_step": 16,
+    "v_mean": 16,
+    "key_tiles": 16,
+    "key_counts": 16,
+}
+"""Bytes on whose multiples the operands of 8-bit attention start in their storage: kernels read 16 at once, but one step."""
+
+
+def _check_starts(op: str, **operands: Tensor) -> None:
+    for name, x in operands.items():
+        first = x.storage_offset() * x.element_size()
+        _check(
+            first % STARTS[name] == 0, op, f"{name} must start on {STARTS[name]} bytes of its storage", first
+        )
 
 
 def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_fp8") -> None:  # type: ignore[no-untyped-def]
@@ -209,9 +226,7 @@ def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_
     fits = score_step.shape == (1,) and score_step.dtype == torch.float32
     _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
     _check_channels(op, q.shape[1], q.shape[2], v_step, v_mean)
-    for (name, start), x in zip(STARTS.items(), (q, k, v, score_step, v_step, v_mean), strict=True):
-        first = x.storage_offset() * x.element_size()
-        _check(first % start == 0, op, f"{name} must start on {start} bytes of its storage", first)
+    _check_starts(op, q=q, k=k, v=v, score_step=score_step, v_step=v_step, v_mean=v_mean)
     _check(out.is_floating_point, op, "the output dtype must be a floating-point one", out)
 
 
@@ -225,6 +240,7 @@ def check_attention_fp8_tiles(q, k, v, score_step, v_step, v_mean, out, key_tile
     rule = f"key_tiles must be contiguous int32 {(*table, 'capacity')}, key_counts {table}"
     got = [(tuple(x.shape), x.dtype, x.stride()) for x in (key_tiles, key_counts)]
     _check(fits and kinds and dense, op, rule, got)
+    _check_starts(op, key_tiles=key_tiles, key_counts=key_counts)
 
 
 def check_tile_means(x: Tensor, rows: int) -> None:
