@@ -11,6 +11,9 @@ their rows, the MLP's first layer with GELU by tile. budget: the error of a velo
 time, those that the rule leaves in bf16 too, and of all at several steps. Errors of products are against fp64 of the
 unquantised layer, on sampled rows.
 
+Transformer Engine needs nothing set where torch's cuDNN is the only one or lies in a folder of its own; should its import fail
+over cuDNN, CUDNN_HOME and LD_LIBRARY_PATH name that folder. Peers are imported as if it were absent.
+
 A way that cannot run here is recorded with its reason. No part is started after the deadline; the file is rewritten after
 every part.
 """
