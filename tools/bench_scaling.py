@@ -1,13 +1,15 @@
 """Two GPUs of one host against one, in one run: link, exchange, sampling loop, what hides what, the distilled clip.
 
-    python tools/bench_scaling.py --out bench/results --deadline-s 230
+    python tools/bench_scaling.py --out bench/results --deadline-s 280
+    python tools/bench_scaling.py --out F.json --rounds 1 --loops one,context2,copies2 --deadline-s 200
     python tools/bench_scaling.py --out F.json --only link,loops,trace --steps 4
     python tools/bench_scaling.py --out /tmp/f.json --smoke           the same code on a CPU, tiny sizes, gloo
 
 This process starts two ranks, which rewrite the file after every piece of a section; a section that fails or takes too
 long costs itself alone (`scaling_ranks`). Random weights of the published shapes. In the loops one GPU, cfg=2 and context=2
-take turns; while one GPU works, the other idles. A clip end to end goes from the request to its frames on the host,
-without the video encoder: its control computed and encoded, four steps, decoded.
+take turns; while one GPU works, the other idles. copies2 is context2 with the exchange by copy engines; where the section
+"copies" fails, it is left out. A clip takes the faster of both exchanges. End to end, it goes from the request to its frames on the
+host, without the video encoder: its control computed and encoded, four steps, decoded.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -40,21 +42,23 @@ import scaling_clip  # noqa: E402
 import scaling_exchange  # noqa: E402
 from published import relative_l2  # noqa: E402
 from records import destination, environment  # noqa: E402
-from report_scaling import gains  # noqa: E402
 from scaling_ranks import Parent, Traffic, fault_file, read, reader, write  # noqa: E402
+from scaling_summary import links, summary  # noqa: E402
 from scaling_trace import overlap, profiled  # noqa: E402
 from watch import Watch  # noqa: E402
 
 from cosmos_fast import dispatch, parallel, sampler, testing  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
 from cosmos_fast.exchange import Exchanged  # noqa: E402
+from cosmos_fast.formats import EnvironmentProblem  # noqa: E402
 from cosmos_fast.network import Network, Single  # noqa: E402
-from cosmos_fast.parallel import Halves, Mesh, Ranks  # noqa: E402
+from cosmos_fast.parallel import Group, Halves, Mesh, Ranks  # noqa: E402
+from cosmos_fast.peer_memory import open_copies  # noqa: E402
 from cosmos_fast.recipe import Plan  # noqa: E402
 
-LIMITS_S = {"link": 45.0, "loops": 130.0, "trace": 60.0, "distilled": 130.0, "exchange": 60.0}
+LIMITS_S = {"link": 45.0, "copies": 45.0, "loops": 130.0, "trace": 60.0, "distilled": 130.0, "exchange": 60.0}
 """Sections in order of importance, and how long each may take; the first also joins the ranks."""
-GOALS = {"cfg2": 1.92, "context2": 1.90, "distilled2": 1.85}
+LOOPS = ("one", "cfg2", "context2", "copies2")
 GRID, SMOKE_GRID = (24, 88, 160), (3, 8, 12)
 CLIP_ROUNDS = 2
 
@@ -121,18 +125,45 @@ class Bench:
         with torch.no_grad():
             state = published.random_state(self.config, 0, self.device)
             alone = published.build(self.config, state, self.device, torch.bfloat16)
-        with torch.device("meta"):
-            shared = Network(self.config, Exchanged(self.context.context), self.context.context)
-        shared.load_state_dict(alone.state_dict(), strict=True, assign=True)
         single, pair = published.bind(alone, self.given)
         halves = Halves(Single(alone, (pair.cond, pair.uncond)[self.cfg.cfg.rank]), self.cfg.cfg)
-        context2 = published.bind(shared.eval().requires_grad_(False), self.given)[1]
-        return {"one": pair, "cfg2": halves, "context2": context2, "single": single}
+        bound = {"one": pair, "cfg2": halves, "single": single}
+        for name, group in (("context2", self.context.context), ("copies2", self.by_copies)):
+            if group is not None:
+                with torch.device("meta"):
+                    shared = Network(self.config, Exchanged(group), group)
+                shared.load_state_dict(alone.state_dict(), strict=True, assign=True)
+                bound[name] = published.bind(shared.eval().requires_grad_(False), self.given)[1]
+        return bound
+
+    @cached_property
+    def by_copies(self) -> Group | None:
+        """The group that shares tokens, its exchange by copies; None unless they were opened, and went well since."""
+        if self.record["sections"].get("copies", {}).get("status") not in ("begun", "ok"):
+            return None
+        group = self.context.context
+        try:
+            return replace(group, copies=open_copies(group, self.device))
+        except EnvironmentProblem as error:  # on both ranks
+            self.record["no_copies"] = str(error)
+            return None
+
+    def wanted(self) -> list[str]:
+        """The loops asked for, but those that cannot be run here."""
+        return [name for name in self.args.loops.split(",") if name in self.bound]
 
     # --- sections ---
 
     def link(self) -> None:
         """What an all-to-all gets of the link, at the sizes of the exchange, in one direction."""
+        self.record["link"] = self._linked(self.context.context) | links(self.device)
+
+    def copies(self) -> None:
+        """The same by copies, proven first."""
+        if self.by_copies is not None:
+            self.record["copies"] = self._linked(self.by_copies)
+
+    def _linked(self, group: Group) -> dict[str, Any]:
         rows = {}
         sizes = (("small", 1),) if self.args.smoke else (("qkv of half the heads", 124), ("all of them", 248))
         for name, mib in sizes:
@@ -140,7 +171,7 @@ class Bench:
             packed = torch.zeros(2 * half, 3072, dtype=torch.uint8, device=self.device)
 
             def send(packed: Tensor = packed, half: int = half) -> None:
-                self.context.context.all_to_all(packed, [half, half], [half, half]).wait()
+                group.all_to_all(packed, [half, half], [half, half]).wait()
 
             first_s = self.timed(send, "first")
             times = [self.timed(lambda: [send() for _ in range(10)], "link") / 10 for _ in range(3)]  # noqa: B023
@@ -151,11 +182,11 @@ class Bench:
                 "first_s": first_s,
             }
         best = max(row["gb_s"] for row in rows.values())
-        self.record["link"] = {"rows": rows, "all_to_all_gb_s": best} | _links(self.device)
+        return {"rows": rows, "all_to_all_gb_s": best}
 
     def loops(self) -> None:
         """The sampling loop through the solver, both passes a step: seconds of a step, and what came out."""
-        steps, names = self.args.steps, ("one", "cfg2", "context2")
+        steps, names = self.args.steps, self.wanted()
         shape = (1, self.config.latent_channels, *self.grid)
         noise = sampler.noise(0, shape).to(self.device)
         z, loops, results = self.given.z[None], self.record["loops"], {}
@@ -193,12 +224,13 @@ class Bench:
         """Of a step of two GPUs, how much of the exchange is hidden; kernels of one pass on one, for tools/scaling.py."""
         z = self.given.z[None]
         found = self.record["overlap"] = {}
-        for name in ("context2", "cfg2"):
+        names = [name for name in self.wanted() if name != "one"]
+        for name in names:
             self.bound[name](z, 0)
             self.together()
             found[name] = overlap(profiled(lambda: self.bound[name](z, 0), self.device))  # noqa: B023
             self.save()
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 and "cfg2" in names:
             self.record["trace"] = {"ours": trace(lambda: self.bound["single"](z, 0), self.device).as_dict()}
         self.together()
 
@@ -218,14 +250,18 @@ class Bench:
         def run(name: str, steps: int) -> None:
             frames[name] = scaling_clip.frames_of(engines[name], steps, fields)
 
-        for name, mesh in (("one", Mesh.alone(self.device)), ("context2", self.context)):
+        shared, loops = self.context, self.record["loops"]
+        step_s = [loops.get(name, {}).get("step_s", 1e9) for name in ("context2", "copies2")]
+        if self.by_copies is not None and self.world.tell(step_s[1] < step_s[0]):
+            shared = replace(shared, context=self.by_copies)
+        for name, mesh in (("one", Mesh.alone(self.device)), ("context2", shared)):
             if name == "context2" or self.ranks.rank == 0:
                 engines[name] = Engine(
                     files / scaling_clip.MODELS, model="edge/distilled", text=files / scaling_clip.TEXT,
                     plan=Plan(device=self.device.type, context=mesh.context.size), guardrails=False, mesh=mesh, **lengths,
                 )  # fmt: skip
             first_s = self.timed(partial(run, name, 1), "first", alone=name == "one")
-            found[name] = {"runs_s": [], "first_s": first_s}
+            found[name] = {"runs_s": [], "first_s": first_s, "copies": mesh.context.copies is not None}
         self.record["distilled"] = found
         for turn in range(CLIP_ROUNDS):
             again_s = sum(row["runs_s"][-1] for row in found.values()) if turn else 0.0
@@ -239,6 +275,7 @@ class Bench:
                     stages = {k: v for k, v in engines[name].stages.record().items() if k != "load"}
                     row["stages"] = {k: v["seconds"] for k, v in stages.items()}
                     row["peak_bytes"] = {k: v["peak_bytes"] for k, v in stages.items()}
+                    row["beside_s"] = {k: v["beside_s"] for k, v in stages.items() if "beside_s" in v}
                     self.record["loops"][f"distilled_{name}"] = {
                         "steps": 4,
                         "step_s": row["stages"]["denoise"] / 4,
@@ -251,9 +288,12 @@ class Bench:
         """One self-attention of a block, its tokens spread: equality with one GPU, and milliseconds by parts and formats."""
         qkv, table = scaling_exchange.operands(self.config, self.grid, self.device)
         rows = self.record["exchange"] = {}
-        for name, call, wanted in scaling_exchange.calls(qkv, table, self.context.context):
-            rows[name] = scaling_exchange.equality(call, wanted, qkv.shape[0], self.context.context)
-            rows[name]["ms"] = 1e3 * median(self.timed(call, "exchange") for _ in range(3))
+        for name, call, wanted in scaling_exchange.calls(qkv, table, self.context.context, self.by_copies):
+            try:
+                rows[name] = scaling_exchange.equality(call, wanted, qkv.shape[0], self.context.context)
+                rows[name]["ms"] = 1e3 * median(self.timed(call, "exchange") for _ in range(3))
+            except (RuntimeError, EnvironmentProblem) as error:  # of an operand, so the same on both ranks
+                rows[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
             self.save()
 
     # --- running them ---
@@ -279,45 +319,6 @@ class Bench:
         if self.ranks.rank == 0:
             at = time.perf_counter() - self.started
             print(f"[{at:6.1f} s] {name}\n{summary(self.record, name)}", flush=True)
-
-
-def _links(device: torch.device) -> dict[str, Any]:
-    """How the GPUs are linked, as far as the driver tells."""
-    if device.type != "cuda":
-        return {}
-    command = shutil.which("nvidia-smi")
-    done = command and subprocess.run([command, "topo", "-m"], capture_output=True, text=True, timeout=20)
-    return {
-        "peer_access": torch.cuda.can_device_access_peer(0, 1), "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "topology": done.stdout.splitlines()[:4] if done else None,
-    }  # fmt: skip
-
-
-def summary(record: dict[str, Any], section: str) -> str:
-    lines = []
-    if section == "link":
-        lines += [
-            f"  {name}: {row['ms']:.3f} ms, {row['gb_s']:.0f} GB/s"
-            for name, row in record["link"]["rows"].items()
-        ]
-    if section == "exchange":
-        lines += [f"  {name}: {row}" for name, row in record["exchange"].items()]
-    if section in ("loops", "distilled"):
-        for name, row in record["loops"].items():
-            mhz = [gpu.get("sm_mhz", {}).get("median", 0) for gpu in row.get("gpus", [])]
-            sent = row.get("sent_bytes_per_step", 0) / 1e9
-            lines.append(f"  {name:<20} {row['step_s']:8.4f} s/step, sent {sent:.2f} GB, MHz {mhz}")
-        lines.append(f"  equal {record.get('equal')}")
-    if section == "trace":
-        lines += [f"  {name}: {row}" for name, row in record["overlap"].items()]
-    if section == "distilled":
-        lines += [
-            f"  {name}: {row['seconds']:.2f} s {row.get('stages')}"
-            for name, row in record["distilled"].items()
-        ]
-        lines.append(f"  codes that differ: {record.get('distilled_codes_off')}")
-    lines += [f"  {name} {gain:.3f} x, goal {GOALS[name]}" for name, gain in gains(record).items()]
-    return "\n".join(lines)
 
 
 def rank(args: argparse.Namespace, wanted: list[str]) -> int:
@@ -353,6 +354,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=2, help="steps of a sampling loop")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--loops", default=",".join(LOOPS), help=f"comma-separated loops of {', '.join(LOOPS)}"
+    )
     parser.add_argument("--deadline-s", type=float, default=230)
     parser.add_argument("--commit", help="commit to record where git cannot tell")
     parser.add_argument(

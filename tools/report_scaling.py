@@ -7,6 +7,7 @@ from typing import Any
 
 LOOPS = {
     "one": "base, a step, 1 GPU", "cfg2": "base, a step, 2 GPUs, cfg=2", "context2": "base, a step, 2 GPUs, context=2",
+    "copies2": "base, a step, 2 GPUs, context=2, exchange by copies",
 }  # fmt: skip
 CLIPS = {
     "one": "distilled clip to its frames, 1 GPU",
@@ -19,7 +20,7 @@ HEAD = ["random weights, 93 frames, 720p", "s", "speed over 1 GPU", "% of ideal"
 def gains(record: dict[str, Any]) -> dict[str, float]:
     """Seconds of one GPU over those of two: cfg2 and context2 of a step, distilled2 of a clip."""
     loops, clips, found = record.get("loops", {}), record.get("distilled", {}), {}
-    for name in ("cfg2", "context2"):
+    for name in ("cfg2", "context2", "copies2"):
         if {"one", name} <= set(loops):
             found[name] = loops["one"]["step_s"] / loops[name]["step_s"]
     if {"one", "context2"} <= set(clips):

@@ -35,8 +35,10 @@ def operands(
     return qkv, (*gains, angles.cos(), angles.sin())
 
 
-def calls(qkv: Tensor, table: tuple[Tensor, ...], group: Group) -> Iterator[tuple[str, Call, Call | None]]:
-    """(name, call, the call of one rank whose rows it must give)."""
+def calls(
+    qkv: Tensor, table: tuple[Tensor, ...], group: Group, by_copies: Group | None
+) -> Iterator[tuple[str, Call, Call | None]]:
+    """(name, call, the call of one rank whose rows it must give). by_copies: the group with the other exchange."""
     q_gain, k_gain, cos, sin = table
     shard = Shard(group, len(qkv))
     own, here = shard.split(qkv).contiguous(), (shard.split(cos), shard.split(sin))
@@ -45,8 +47,10 @@ def calls(qkv: Tensor, table: tuple[Tensor, ...], group: Group) -> Iterator[tupl
     yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, group), None
     for name, pack in packs(qkv).items():
         yield f"packed, {name}", partial(pack, own, q_gain, k_gain, *here, group.size, 2, EPS), None
-    for parts in (1, 2, 4):
-        yield f"in {parts} parts", partial(Exchanged(group, parts=parts), own, *table, 0), one
+    for way, ranks in (("", group), ("copies, ", by_copies)):
+        if ranks is not None:
+            for parts in (1, 2, 4):
+                yield f"{way}in {parts} parts", partial(Exchanged(ranks, parts=parts), own, *table, 0), one
     try:
         one8 = partial(fp8(qkv.device), qkv, *table, 0)
     except EnvironmentProblem as error:  # no fast library; the same on all ranks, whose machine is one

@@ -169,7 +169,8 @@ class Parent:
         # Both ranks are on this host: its loopback carries what is not for the links between GPUs.
         shared = {
             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "PYTHONUNBUFFERED": "1",
+            "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+            "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         command = [sys.executable, *self.command, "--only", ",".join(left)]
         return [

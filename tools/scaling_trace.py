@@ -14,7 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Span = tuple[float, float]
-COMMUNICATION = re.compile(r"nccl", re.IGNORECASE)
+COMMUNICATION = re.compile(r"nccl|Memcpy (PtoP|DtoD)", re.IGNORECASE)
+"""Collectives, and copies between devices; one within a device is the way into memory that others read."""
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
