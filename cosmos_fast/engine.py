@@ -239,8 +239,7 @@ class Engine:
         # From device to device: by the host, 103 MB a prompt would take a quarter of a second.
         embedded = [world.broadcast(text, 0, self.device) for text in made]
         return [
-            self.network.read_prompt(text, feature)
-            for text, feature in zip(embedded, features, strict=True)
+            self.network.read_prompt(text, feature) for text, feature in zip(embedded, features, strict=True)
         ]
 
     def _embedded(self, texts: list[str]) -> list[Tensor | None]:
