@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.peers import settings, without_torchvision
+from bench.peers import absent, settings, without_torchvision
 from cosmos_fast.config import NetworkConfig, published_shapes
 
 RENAMES = (
@@ -47,7 +47,8 @@ class Oracle:
     """diffusers' Transformer and one ControlNet per branch, with the published eps of the q/k norms."""
 
     def __init__(self, config: NetworkConfig, state: dict[str, Tensor]) -> None:
-        from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
+        with absent("transformer_engine"):
+            from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
 
         without_torchvision()
         transformer, controlnet = settings(config)
