@@ -2,12 +2,13 @@
 
     python tools/check_launcher.py --out check.json                  two GPUs, the embedded model, below 150 s
     python tools/check_launcher.py --out check.json --device cpu     the same with processes on the CPU
+    python tools/check_launcher.py --out check.json --quick          faults alone, each in a run of its own, below 100 s
 
 One GPU makes every clip first. Two GPUs must then give the same bytes with a clip each. With a guidance pass each the latents are the
 same, but each GPU decodes half of the rows, as with shared tokens: those clips may differ by rounding. In the last run rank 1 raises, rank
 1 asks for more memory than there is, and rank 0 is killed, each in the third step of a clip; every end must come within 30 s
-with one message, and the clips around it be made. --hang: rank 1 also stops for good while decoding, 25 s more. A line per
-check, JSON at the end, exit code 1 if one fails. What is over its time is killed and counts as failed.
+with one message, and the clips around it be made. --hang: rank 1 also stops for good while decoding, 25 s more. --quick: those
+runs side by side, a fault and then a sound clip in each. A line per check, JSON at the end, exit code 1 if one fails. What is over its time is killed and counts as failed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,11 +252,11 @@ MESSAGES = {
 
 def check_faults(c: Check, whats: Sequence[str]) -> None:
     """A clip for each fault, sound ones before, behind and after two: three lost in a row would end the run."""
-    kinds = [SOUND, *whats[:2], SOUND, *whats[2:], SOUND]
-    names = [f"clip{i}_{kind}" for i, kind in enumerate(kinds)]
-    specs = write_specs(c.folder / "faulty", names)
+    kinds = [SOUND, *whats[:2], SOUND, *whats[2:], SOUND] if len(whats) > 1 else [*whats, SOUND]
+    names, title = [f"clip{i}_{kind}" for i, kind in enumerate(kinds)], "_".join(["faults", *whats])
+    specs = write_specs(c.folder / f"specs_{title}", names)
     faults = [[i, 0 if what == "kill" else 1, what] for i, what in enumerate(whats)]
-    run = c.generate("faults", specs, "--gpus", "2", "--context", "2", "--cfg", "1", faults=faults)
+    run = c.generate(title, specs, "--gpus", "2", "--context", "2", "--cfg", "1", faults=faults)
     manifest = run.manifest()
     for name, what in zip(names, kinds, strict=True):
         if what == SOUND:
@@ -277,7 +279,7 @@ def check_faults(c: Check, whats: Sequence[str]) -> None:
     sound = [name for name in names if name.endswith(SOUND)]
     ok = sorted(done) == sound and run.code == 1 and not left
     ok = ok and all((run.out / f"{name}.mp4").exists() for name in done)
-    c.tell("clips around the faults", ok, exit=run.code, done=done, left=left, seconds=run.seconds,
+    c.tell(f"clips around: {', '.join(whats)}", ok, exit=run.code, done=done, left=left, seconds=run.seconds,
            **({} if ok else {"log": run.lines[-15:]}))  # fmt: skip
 
 
@@ -292,8 +294,12 @@ def main() -> int:
     parser.add_argument(
         "--hang", action="store_true", help="also a rank that stops for good outside the steps"
     )
+    parser.add_argument("--quick", action="store_true", help="faults alone, all of them at once")
     parser.add_argument("--deadline-s", type=float, default=150)
     args = parser.parse_args()
+    whats = ["raise", "memory", "kill", *(["hang"] if args.hang else [])]
+    if args.quick:
+        args.only = ""
     with tempfile.TemporaryDirectory(prefix="launcher-", ignore_cleanup_errors=True) as folder:
         c = Check(args, Path(folder))
         if "sharing" in args.only:
@@ -313,11 +319,12 @@ def main() -> int:
                         for way, options in WAYS.items()}  # fmt: skip
                 for way, run in runs.items():
                     c.guarded(way, lambda: check_sharing(c, run.result(), alone, way))  # noqa: B023
+        if args.quick:
+            with ThreadPoolExecutor(len(whats) if args.device == "cuda" else 1) as pool:
+                for what in whats:
+                    pool.submit(c.guarded, what, partial(check_faults, c, [what]))
         if "faults" in args.only:
-            c.guarded(
-                "faults",
-                lambda: check_faults(c, ["raise", "memory", "kill", *(["hang"] if args.hang else [])]),
-            )
+            c.guarded("faults", partial(check_faults, c, whats))
         record = {
             "kind": "launcher",
             "device": args.device,
