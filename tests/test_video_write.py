@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -251,3 +252,74 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
             writer.write(frames)
         digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
     assert len(digests) == 1 and path.stat().st_size < frames.nbytes / 3
+
+
+# --- a finished file is the stream that decoded ---
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+@pytest.mark.parametrize("index", [0, 17, 29])
+def test_one_wrong_bit_in_the_file_is_noticed(
+    tmp_path: Path, suffix: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = Writer._verify
+
+    def damaged(writer: Writer) -> None:
+        with av.open(str(writer._part)) as container:
+            packet = [p for p in container.demux(video=0) if p.size][index]
+            at = packet.pos + packet.size - 3
+        with open(writer._part, "r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0] ^ 1  # most such streams decode all the same
+            file.seek(at)
+            file.write(bytes([byte]))
+        verify(writer)
+
+    monkeypatch.setattr(Writer, "_verify", damaged)
+    writer = Writer(tmp_path / f"c.{suffix}", (64, 48), 25)
+    writer.write(media.pattern(30))
+    with pytest.raises(EnvironmentProblem, match="hold the 30 packets that were encoded, got 30, 29 of"):
+        writer.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_stream_that_does_not_decode_is_noticed(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "c.mp4", (64, 48), 25)
+    stream = writer._stream
+
+    class Broken:
+        """An encoder that writes nonsense from some frame on, with everything around it in order."""
+
+        def encode(self, frame: av.VideoFrame | None) -> list[av.Packet]:
+            return [self.changed(packet) if packet.pts >= 12 else packet for packet in stream.encode(frame)]
+
+        def changed(self, packet: av.Packet) -> av.Packet:
+            new = av.Packet(bytes(packet)[:5] + b"\xff" * (packet.size - 5))
+            for name in ("pts", "dts", "time_base", "stream", "is_keyframe"):
+                setattr(new, name, getattr(packet, name))
+            return new
+
+    writer._stream = Broken()
+    with pytest.raises(EnvironmentProblem, match="what is written must decode"):
+        writer.write(media.pattern(60))
+        writer.finish()
+    assert os.listdir(tmp_path) == []
+
+
+def test_packets_with_start_codes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tuple(option for option in video_write.CODECS["libx264"].options if option[0] != "x264-params")
+    plain = dataclasses.replace(video_write.CODECS["libx264"], options=old)
+    monkeypatch.setitem(video_write.CODECS, "libx264", plain)
+    with pytest.raises(EnvironmentProblem, match="libx264 must make packets with lengths.*PyAV 14"):
+        Writer(tmp_path / "c.mp4", (64, 48), 25)
+    assert os.listdir(tmp_path) == []
+
+
+def test_few_frames_wait_for_the_end(tmp_path: Path) -> None:
+    """What a clip waits for when its last frame is there: look-ahead, B-frames and threads."""
+    with Writer(tmp_path / "c.mp4", (64, 48), 25) as writer:
+        writer.write(media.pattern(60))
+        waiting = 60 - len(writer._decoded._packets)  # type: ignore[union-attr]
+        assert waiting == 10 + 3 + 8 + 1
+        decoded = writer._decoded.frames  # type: ignore[union-attr]
+        assert decoded >= 60 - waiting - 10  # of those that are out nearly all are decoded too
