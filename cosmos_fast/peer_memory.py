@@ -34,10 +34,25 @@ PROOF_S: Final = 20.0
 HINT: Final = "Use Plan(exchange='collectives')."
 
 
+class Attributes(ctypes.Structure):
+    """CUmemcpyAttributes: order of access to the source, hints of location (not for device memory), flags."""
+
+    _fields_ = (
+        ("order", ctypes.c_int),
+        ("source", ctypes.c_int * 2),
+        ("target", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
+
+
 class Driver:
-    """The two calls of the CUDA driver that torch has no name for."""
+    """The calls of the CUDA driver that torch has no name for.
+
+    copy: None where the driver is older than 12.8's batches, the only copies that take a hint.
+    """
 
     GEQ = 0  # until (int32)(flag - value) >= 0, so that numbers may wrap
+    IN_STREAM_ORDER, BESIDE_COMPUTE = 1, 1
 
     def __init__(self) -> None:
         try:
@@ -50,6 +65,20 @@ class Driver:
         for call in (self._set, self._await):
             call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
             call.restype = ctypes.c_int
+        self._copy = getattr(library, "cuMemcpyBatchAsync_v2", None)
+        if self._copy is not None:
+            one = ctypes.POINTER(ctypes.c_uint64)
+            self._copy.argtypes = [one, one, one, ctypes.c_size_t, ctypes.POINTER(Attributes), one,
+                                   ctypes.c_size_t, ctypes.c_void_p]  # fmt: skip
+            self._copy.restype = ctypes.c_int
+
+    def copy(self, stream: int, target: int, source: int, count: int) -> bool:
+        """Copy bytes where the hint to do so beside what the SMs compute is taken; False where it is not."""
+        if self._copy is None:
+            return False
+        to, of, size, first = (ctypes.c_uint64(value) for value in (target, source, count, 0))
+        how = Attributes(order=self.IN_STREAM_ORDER, flags=self.BESIDE_COMPUTE)
+        return not self._copy(to, of, size, 1, how, first, 1, stream)
 
     def set(self, stream: int, address: int, value: int) -> None:
         """Preceded by a fence over the whole system, of what the stream did before."""
@@ -79,7 +108,11 @@ class Done:
 
 
 class PeerMemory:
-    """Slots and flags of this rank, and those of its peers as it sees them. All ranks of the group must make one."""
+    """Slots and flags of this rank, and those of its peers as it sees them. All ranks of the group must make one.
+
+    hinted: whether copies tell the driver to stay beside computation. Without that it is free to copy inside a device with
+    a kernel, which would wait for the end of an attention. Changes no byte.
+    """
 
     def __init__(self, group: Group, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric
@@ -91,7 +124,7 @@ class PeerMemory:
             SLOTS,
             _slot_bytes(group.size),
         )
-        self._driver, self._device = Driver(), device
+        self._driver, self._device, self.hinted = Driver(), device, True
         self._lanes: dict[tuple[str, int], torch.cuda.Stream] = {}
         self._given: dict[tuple[str, int], torch.cuda.Stream] = {}
         size = FLAGS + (group.size - 1) * SLOTS * self.slot_bytes
@@ -126,7 +159,15 @@ class PeerMemory:
         return self._slot(peer, self.rank, slot)
 
     def copy(self, lane: tuple[str, int], target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream(lane)):
+        if target.numel() == 0:
+            return
+        stream = self._stream(lane)
+        if self.hinted and self._driver.copy(
+            stream.cuda_stream, target.data_ptr(), source.data_ptr(), len(target)
+        ):
+            return
+        self.hinted = False
+        with torch.cuda.stream(stream):
             target.copy_(source)
 
     def tell(self, lane: tuple[str, int], peer: int, flag: int, value: int) -> None:
@@ -187,10 +228,10 @@ def obstacle(rank: int, everyone: Sequence[tuple[str, str, int | None]]) -> str 
 
 
 def _prove(copies: Copies, group: Group, device: torch.device) -> None:
-    """Messages of different lengths, more chunks than there are slots, twice at once: the bits of a collective."""
+    """Messages of different lengths, two at once, together more chunks than there are slots: the bits of a collective."""
     import torch.distributed as dist
 
-    width, least = 4096, (SLOTS + 1) * copies.peers.slot_bytes // 4096 // group.size
+    width, least = 4096, (SLOTS // 2 + 1) * copies.peers.slot_bytes // 4096
     sent = [least + 17 * group.rank + 5 * peer for peer in range(group.size)]
     received = [least + 17 * peer + 5 * group.rank for peer in range(group.size)]
     generator = torch.Generator(device).manual_seed(group.rank)

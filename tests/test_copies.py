@@ -231,6 +231,25 @@ def test_flags_are_set_where_the_peer_looks_for_them(monkeypatch: pytest.MonkeyP
         assert not memory[one][: peer_memory.FLAGS].any()
 
 
+def test_copies_ask_to_run_beside_computation() -> None:
+    """One copy, in stream order, with the hint; a driver that does not take it leaves the copy to torch."""
+    given: list[Any] = []
+    driver = object.__new__(Driver)
+
+    def batch(to: Any, of: Any, size: Any, count: int, how: Any, first: Any, kinds: int, stream: int) -> int:
+        given.append(
+            (to.value, of.value, size.value, count, how.order, how.flags, first.value, kinds, stream)
+        )
+        return 0
+
+    driver._copy = batch
+    assert driver.copy(5, 0x10, 0x20, 30) and given == [(0x10, 0x20, 30, 1, 1, 1, 0, 1, 5)]
+    assert peer_memory.ctypes.sizeof(peer_memory.Attributes) == 24
+    for refuses in (None, lambda *given: 801):
+        driver._copy = refuses
+        assert not driver.copy(5, 0x10, 0x20, 30)
+
+
 def test_a_driver_that_refuses_is_an_environment_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = object.__new__(Driver)
     driver._set = lambda *given: 801

@@ -162,6 +162,7 @@ class Bench:
         """The same by copies, proven first."""
         if self.by_copies is not None:
             self.record["copies"] = self._linked(self.by_copies)
+            self.record["copies"]["hinted"] = self.by_copies.copies.peers.hinted  # type: ignore[union-attr]
 
     def _linked(self, group: Group) -> dict[str, Any]:
         rows = {}

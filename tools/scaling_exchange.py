@@ -51,6 +51,8 @@ def calls(
         if ranks is not None:
             for parts in (1, 2, 4):
                 yield f"{way}in {parts} parts", partial(Exchanged(ranks, parts=parts), own, *table, 0), one
+    if by_copies is not None:
+        yield "copies without the hint, in 2 parts", partial(unhinted, by_copies, own, table), one
     try:
         one8 = partial(fp8(qkv.device), qkv, *table, 0)
     except EnvironmentProblem as error:  # no fast library; the same on all ranks, whose machine is one
@@ -58,6 +60,16 @@ def calls(
         return
     yield "fp8, one", one8, None
     yield "fp8, in 2 parts", partial(Exchanged(group, fp8_operands, fp8_attend), own, *table, 0), one8
+
+
+def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
+    """What copies that may wait for an attention cost."""
+    peers: Any = group.copies and group.copies.peers
+    before, peers.hinted = peers.hinted, False
+    try:
+        return Exchanged(group)(own, *table, 0)
+    finally:
+        peers.hinted = before
 
 
 def packs(qkv: Tensor) -> dict[str, Call]:
