@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+import threading
+from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from cosmos_fast import peer_memory
 from cosmos_fast.copies import Copies, box
+from cosmos_fast.exchange import Exchanged
 from cosmos_fast.formats import EnvironmentProblem
-from cosmos_fast.parallel import Group
+from cosmos_fast.parallel import Group, Shard
 from cosmos_fast.peer_memory import Driver, PeerMemory, obstacle
+from cosmos_fast.self_attention import exact
 
 Step = Callable[[], bool]
 """Does what the head of a lane says; False if it must wait."""
@@ -165,6 +169,56 @@ def test_a_group_takes_the_copies_it_was_given() -> None:
     arrived = [exchange.wait() for exchange in found]
     assert host.run(random.Random(0)) == 0
     assert [x[:, 0].tolist() for x in arrived] == [[0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+
+
+class Threads(Lanes):
+    """Lanes that are threads, under a caller that goes on at once, as a host beside its GPU."""
+
+    def __init__(self, host: Host, rank: int, slots: int, slot_bytes: int, news: threading.Condition) -> None:
+        super().__init__(host, rank, slots, slot_bytes)
+        self.news, self.pools, self.given = news, defaultdict[Any, Any](lambda: ThreadPoolExecutor(1)), []
+
+    def begin(self) -> None:
+        self.given = []
+
+    def end(self) -> Any:
+        given = self.given
+
+        class Work:
+            def wait(self) -> None:
+                for future in given:
+                    future.result(timeout=20)
+
+        return Work()
+
+    def _give(self, lane: Any, step: Step) -> None:
+        def work() -> None:
+            with self.news:
+                assert self.news.wait_for(step, timeout=20), f"rank {self.rank}: {lane} waits for ever"
+                self.news.notify_all()
+
+        self.given.append(self.pools[lane].submit(work))
+
+
+@pytest.mark.parametrize("size, heads, parts", [(2, 4, 2), (2, 8, 4), (3, 6, 2), (4, 2, 2)])
+def test_attention_over_copies_is_that_of_one_rank(size: int, heads: int, parts: int) -> None:
+    """Bit for bit what collectives are held to; (4, 2): more ranks than heads, keys to all, some messages empty."""
+    tokens, K, generator = 37, 8, torch.Generator().manual_seed(heads)
+    qkv = torch.randn(tokens, 3 * heads * K, generator=generator)
+    angles = torch.randn(tokens, K // 2, generator=generator)
+    rest = (*torch.randn(2, K, generator=generator), angles.cos(), angles.sin())
+    host, news = Host(size, slots=2, slot_bytes=256, one_queue=False), threading.Condition()
+    groups = [Group(r, size, copies=Copies(Threads(host, r, 2, 256, news))) for r in range(size)]
+
+    def attend(group: Group) -> Tensor:
+        own = Shard(group, tokens).split(qkv)
+        return torch.stack([Exchanged(group, parts=parts)(own, *rest, step) for step in range(3)])
+
+    with ThreadPoolExecutor(size) as pool:
+        found = torch.cat(list(pool.map(attend, groups)), dim=1)
+    wanted = exact(qkv, *rest, 0)
+    bound = 0.0 if heads % size == 0 else 1e-6
+    assert all((one - wanted).abs().max() <= bound for one in found)
 
 
 # --- the lanes of a GPU, as far as there are none -----------------------------------------------------

@@ -56,7 +56,7 @@ from cosmos_fast.parallel import Group, Halves, Mesh, Ranks  # noqa: E402
 from cosmos_fast.peer_memory import open_copies  # noqa: E402
 from cosmos_fast.recipe import Plan  # noqa: E402
 
-LIMITS_S = {"link": 45.0, "copies": 45.0, "loops": 130.0, "trace": 60.0, "distilled": 130.0, "exchange": 60.0}
+LIMITS_S = {"link": 45.0, "copies": 45.0, "loops": 130.0, "trace": 60.0, "exchange": 60.0, "distilled": 130.0}
 """Sections in order of importance, and how long each may take; the first also joins the ranks."""
 LOOPS = ("one", "cfg2", "context2", "copies2")
 GRID, SMOKE_GRID = (24, 88, 160), (3, 8, 12)

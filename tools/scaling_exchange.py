@@ -59,7 +59,13 @@ def calls(
         print(f"bench_scaling: no 8-bit attention: {error}", flush=True)
         return
     yield "fp8, one", one8, None
-    yield "fp8, in 2 parts", partial(Exchanged(group, fp8_operands, fp8_attend), own, *table, 0), one8
+    for way, ranks in (("", group), ("copies, ", by_copies)):
+        if ranks is not None:
+            yield (
+                f"fp8, {way}in 2 parts",
+                partial(Exchanged(ranks, fp8_operands, fp8_attend), own, *table, 0),
+                one8,
+            )
 
 
 def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
