@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,26 @@ def build(config: VAEConfig, state: dict[str, Tensor], dtype: torch.dtype) -> VA
         vae = VAE(config)
     vae.load_state_dict({name: weight.to(dtype) for name, weight in state.items()}, assign=True)
     return channels_last_(vae.eval().requires_grad_(False))
+
+
+UNUSED_BY_PEER = ("transformer_engine", "peft", "xformers")
+"""What diffusers imports if it is installed and its VAE has no use for; Transformer Engine may bring another cuDNN along."""
+
+
+def import_peer() -> str | None:
+    """Import diffusers' VAE before anything else can import what is optional to both; why that fails, or None."""
+    hidden = [name for name in UNUSED_BY_PEER if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: as if it were not installed
+    try:
+        from diffusers import AutoencoderKLWan
+
+        assert AutoencoderKLWan
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+    return None
 
 
 class Diffusers:
