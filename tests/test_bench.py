@@ -36,3 +36,30 @@ def test_benchmarks_say_why_they_skip_without_a_gpu() -> None:
     done = run("--benchmark", "-rs", "-k", "adaln")
     assert "needs a CUDA device; --benchmark-cpu" in done.stdout, done.stdout
     assert " passed" not in done.stdout
+
+
+PEER = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/bench", {fakes!r}]
+import vae
+print(vae.import_peer(), "hidden" if "transformer_engine" in sys.modules else "open")
+"""
+
+
+def imported_peer(fakes: Path, diffusers: str) -> str:
+    for name, text in (("transformer_engine", "raise OSError('another cuDNN')"), ("diffusers", diffusers)):
+        (fakes / name).mkdir(exist_ok=True)
+        (fakes / name / "__init__.py").write_text(text)
+    code = PEER.format(root=str(ROOT), fakes=str(fakes))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_peer_is_imported_without_what_it_does_not_need(tmp_path: Path) -> None:
+    asks = "import importlib.util as u\nif u.find_spec('transformer_engine'): import transformer_engine\n"
+    assert imported_peer(tmp_path, asks + "AutoencoderKLWan = 1") == "None open"
+    assert imported_peer(tmp_path, "AutoencoderKLWan = 1; import transformer_engine").startswith(
+        "ModuleNotFound"
+    )
+    assert imported_peer(tmp_path, "raise OSError('broken')") == "OSError: broken open"

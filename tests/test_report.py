@@ -71,8 +71,8 @@ VAE = {"kind": "vae", "environment": environment("2026-01-01T00:00:00"), "cases"
     "accuracy": {"size": [17, 352, 640], "fp32_max_difference": {"encode, window 1": 1e-6, "encode, window 4": 2e-6, "decode, window 1": 3e-6},
                  "bf16_relative_l2": {"ours_encode": 0.01, "ours_decode": 0.02, "diffusers_encode": 0.03, "diffusers_decode": 0.04}},
     "clip": {"cpus": 16, "last_step_to_mp4_s": 2.25, "runs": [
-        {"last_step_to_mp4_s": 3.5, "stages": {"decode": {"seconds": 3.0}, "write": {"seconds": 0.5}}},
-        {"last_step_to_mp4_s": 2.25, "stages": {"decode": {"seconds": 1.75}, "write": {"seconds": 0.375, "beside_s": 1.5}}}]},
+        {"content": "grain", "last_step_to_mp4_s": 3.5, "stages": {"decode": {"seconds": 3.0}, "write": {"seconds": 0.5}}},
+        {"content": "a clip", "last_step_to_mp4_s": 2.25, "stages": {"decode": {"seconds": 1.75}, "write": {"seconds": 0.375, "beside_s": 1.5}}}]},
 }  # fmt: skip
 
 FP8 = {"kind": "fp8", "environment": environment("2026-01-03T00:00:00"),
@@ -178,7 +178,7 @@ def test_the_vae_beside_its_peers_with_stages_windows_errors_and_a_clips_end(pla
     assert "| decode, 704 rows | 500.0 | 500 | 62 |" in text and "| decode, the rest | 10.0 | – | – |" in text
     assert "| decode, 4 strips | 3.000 | 2.25 | 2.00 |" in text and "window 4" not in text
     assert "| encode, 17 x 352 x 640 | 2.0e-06 | 1.00e-02 | 3.00e-02 |" in text
-    assert "| 2.25 | 1.75 | 0.38 | 1.50 | 16 |" in text
+    assert "| a clip | 2.25 | 1.75 | 0.38 | 1.50 | 16 |" in text and "| grain | 3.50 |" in text
     found = figures(place)
     assert (
         found["vae_decode_s"]["peer"] == {"diffusers": 5.5} and found["last_step_to_mp4_s"]["value"] == 2.25

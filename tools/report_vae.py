@@ -54,14 +54,18 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
     if "accuracy" in record:
         yield _errors(record["accuracy"])
     if "clip" in record:
-        one = min(record["clip"]["runs"], key=lambda run: run["last_step_to_mp4_s"])
-        stages = one["stages"]
-        row = [_num(one["last_step_to_mp4_s"], 2), _num(stages["decode"]["seconds"], 2), _num(stages["write"]["seconds"], 2),
-               _num(stages["write"].get("beside_s"), 2), str(record["clip"]["cpus"])]  # fmt: skip
+        best: dict[str, Any] = {}  # the quickest run of each thing that is shown
+        for run in sorted(record["clip"]["runs"], key=lambda run: run["last_step_to_mp4_s"]):
+            best.setdefault(run.get("content", "noise"), run)
+        rows = []
+        for content, one in best.items():
+            stages = one["stages"]
+            rows.append([content, _num(one["last_step_to_mp4_s"], 2), _num(stages["decode"]["seconds"], 2), _num(stages["write"]["seconds"], 2),
+                         _num(stages["write"].get("beside_s"), 2), str(record["clip"]["cpus"])])  # fmt: skip
         yield (
-            ["last denoising step to mp4, s", "of it decode", "then writing", "writing beside both", "CPUs"],
-            [row],
-        )
+            ["shown", "last denoising step to mp4, s", "of it decode", "then writing", "writing beside both", "CPUs"],
+            rows,
+        )  # fmt: skip
 
 
 def _stages(stages: Mapping[str, Any]) -> Iterator[list[str]]:
