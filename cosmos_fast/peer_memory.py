@@ -118,16 +118,14 @@ class PeerMemory:
         import torch.distributed._symmetric_memory as symmetric
 
         assert group.handle is not None, "peer memory: alone there is nobody to exchange with"
-        self.rank, self.size, self.slots, self.slot_bytes = (
-            group.rank,
-            group.size,
-            SLOTS,
-            _slot_bytes(group.size),
-        )
+        self.rank, self.size = group.rank, group.size
+        self.slots, self.slot_bytes = SLOTS, _slot_bytes(group.size)
         self._driver, self._device, self.hinted = Driver(), device, True
         self._lanes: dict[tuple[str, int], torch.cuda.Stream] = {}
         self._given: dict[tuple[str, int], torch.cuda.Stream] = {}
         size = FLAGS + (group.size - 1) * SLOTS * self.slot_bytes
+        if symmetric.get_backend(device) != "CUDA":  # another may have been chosen by the environment
+            symmetric.set_backend("CUDA")
         self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
         self._memory[:FLAGS].zero_()
         torch.cuda.synchronize(device)
