@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import roofline
@@ -121,6 +122,25 @@ def natural(frames: int, height: int, width: int, device: torch.device, seed: in
     wide = torch.tanh(wide / wide.std() * 0.7)
     clip = torch.stack([wide[..., 4 * f : 4 * f + width] for f in range(frames)], dim=2)
     return (clip + 0.02 * torch.randn(clip.shape, generator=generator, device=device)).clamp_(-1, 1)
+
+
+def compile_kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile the convs of the clip side by side, before this process touches the GPU: one by one they take a minute."""
+    if args.smoke or not args.workers:
+        return {}
+    from vae_layers import compiled, ends, in_codes, layers, tiles_of
+
+    start = time.perf_counter()
+    both = [*layers(), *ends(), *in_codes(layers())]
+    found = [replace(layer, residual=given) for layer in both for given in {layer.residual, False}]
+    faults = compiled([(layer, tiles_of(layer)) for layer in found], args.workers, "cuda", start + 45)
+    seconds = time.perf_counter() - start
+    print(f"{len(found)} kernels compiled in {seconds:.1f} s, {len(faults)} failed", flush=True)
+    return {
+        "seconds": seconds,
+        "workers": args.workers,
+        "faults": {found[i].name: why for i, why in faults.items()},
+    }
 
 
 class VAEBench(Bench):

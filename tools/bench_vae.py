@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
 
 from published import relative_l2  # noqa: E402
 from records import destination, environment  # noqa: E402
-from vae import PARTS, Diffusers, VAEBench, build, import_peer, stages, timed_stages  # noqa: E402
+from vae import PARTS, Diffusers, VAEBench, build, compile_kernels, import_peer, stages, timed_stages  # noqa: E402
 from vae_clip import clip, encoder  # noqa: E402
 
 from cosmos_fast import embedded, ops, testing, vae_fp8, vae_strips  # noqa: E402
@@ -283,25 +281,6 @@ def in_strips(b: VAEBench) -> None:
         "encode_relative_l2": relative_l2(cut, latent), "codes_off_most": int(codes.max()),
         "codes_off_share": float((codes > 0).float().mean()),
     }  # fmt: skip
-
-
-def compile_kernels(args: argparse.Namespace) -> dict[str, Any]:
-    """Compile the convs of the clip side by side, before this process touches the GPU: one by one they take a minute."""
-    if args.smoke or not args.workers:
-        return {}
-    from vae_layers import compiled, ends, in_codes, layers, tiles_of
-
-    start = time.perf_counter()
-    both = [*layers(), *ends(), *in_codes(layers())]
-    found = [replace(layer, residual=given) for layer in both for given in {layer.residual, False}]
-    faults = compiled([(layer, tiles_of(layer)) for layer in found], args.workers, "cuda", start + 45)
-    seconds = time.perf_counter() - start
-    print(f"{len(found)} kernels compiled in {seconds:.1f} s, {len(faults)} failed", flush=True)
-    return {
-        "seconds": seconds,
-        "workers": args.workers,
-        "faults": {found[i].name: why for i, why in faults.items()},
-    }
 
 
 # --- running them ----------------------------------------------------------------------------------
