@@ -4,7 +4,7 @@
     python tools/bench_vae.py --out F.json --only main,clip
     python tools/bench_vae.py --smoke --out /tmp/f.json      the same code on a CPU, tiny sizes
 
-Random weights of the published shape. diffusers is imported first, then kernels are compiled, in processes of their own.
+Random weights of the published shape. Kernels are compiled first, in processes of their own, then diffusers is imported.
 Sections: main (encode and decode of 93 frames at 704 x 1280), peers (diffusers' AutoencoderKLWan, stock and channels last,
 ours once more between them), accuracy (fp32 and bf16 beside diffusers'), clip (a clip through the engine, from its last
 denoising step to the finished mp4, of a real clip's frames and of noise), stages (each against its FLOP at the GEMM rate),
@@ -364,13 +364,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     testing.kernels_from_checkout()
+    ready = compile_kernels(args)  # forks: diffusers may ask the GPU something when it is imported
     no_peer = import_peer() if {"peers", "accuracy"} & set(wanted) else None
     if no_peer is not None:
         print(
             f"NO PEER: diffusers' VAE cannot be imported, so nothing is compared with it: {no_peer}",
             flush=True,
         )
-    ready = compile_kernels(args)
     b = VAEBench(args, environment(args.commit))
     b.record["compile"], b.record["no_peer"] = ready, no_peer
     path = destination(args.out, b.record["environment"], "vae")
