@@ -118,7 +118,9 @@ def test_what_the_copy_engine_writes_is_proven_and_not_left_out(
     assert (proof["cases_filled"], proof["errors_filled"], proof["errors_unfilled"]) == (1, 0, 1) and proof[
         "why"
     ]
-    assert "--filled" in called and called.count("--print-limit") == 1, "details where errors are not expected"
+    assert "--filled" in called and called.count("--print-limit") == 1, (
+        "details where errors are not expected"
+    )
 
 
 def test_a_wrong_result_fails_and_a_kernel_that_cannot_run_is_named(
