@@ -8,7 +8,7 @@ be a reason not to choose them. `ops` decides which of them may run where.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -68,8 +68,7 @@ def load_fa3() -> Attend8:
 
 def own(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
     """csrc/attention8.cu, which takes packed v and applies its steps and mean itself. Writes bf16."""
-    rows = packed(v) if v.shape == k.shape else v
-    return torch.ops.cosmos_fast.attention8_cuda(q, k, rows, score_step, v_step, v_mean)[0].to(out)
+    return own_tiles(q, k, v, score_step, v_step, v_mean, out)[0]
 
 
 @cache
@@ -86,21 +85,29 @@ def load_own() -> AttendOwn:
 
 
 def own_tiles(
-    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype, key_tiles: Tensor,
-    key_counts: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype, *lists: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same kernel over lists of key tiles, with the log-sum-exp."""
+    """The same with the log-sum-exp, and over key_tiles and key_counts if they are given."""
     rows = packed(v) if v.shape == k.shape else v
-    lists = key_tiles, key_counts
     y, lse = torch.ops.cosmos_fast.attention8_cuda(q, k, rows, score_step, v_step, v_mean, *lists)
     return y.to(out), lse
+
+
+def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over all keys from those over disjoint lists: (L, N, K) in the parts' dtype, (N, L) fp32."""
+    lses = torch.stack([lse for _, lse in parts])
+    total = lses.logsumexp(0)
+    # Without keys all parts are alike.
+    shares = torch.where(total.isfinite(), (lses - total).exp(), 1 / len(parts))
+    out = sum(out.float() * share.T[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    return out.to(parts[0][0].dtype), total
 
 
 @cache
 def load_own_tiles() -> Callable[..., tuple[Tensor, Tensor]]:
     """Our kernel over lists, after it computed the example in two parts that together have every key tile once."""
 
-    def merged(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+    def in_two_parts(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
         tiles = -(-k.shape[0] // TILE_KEYS)
         order = torch.arange(tiles - 1, -1, -1, dtype=torch.int32, device=q.device).expand(q.shape[1], 1, -1)
         one, parts = torch.ones(q.shape[1:], device=q.device), []
@@ -108,10 +115,9 @@ def load_own_tiles() -> Callable[..., tuple[Tensor, Tensor]]:
             counts = torch.full((q.shape[1], 1), lists.shape[2], dtype=torch.int32, device=q.device)
             given = q, k, v, score_step, one, 0 * one, out, lists.contiguous(), counts
             parts.append(own_tiles(*given))
-        share = torch.sigmoid(parts[0][1] - parts[1][1]).T[..., None]
-        return parts[0][0] * share + parts[1][0] * (1 - share)
+        return merged(parts)[0]
 
-    proven("own over lists", merged)
+    proven("own over lists", in_two_parts)
     return own_tiles
 
 

@@ -171,6 +171,20 @@ def _forget() -> None:
         op.reasons.clear()
 
 
+def required(name: str, device: torch.device, dtype: torch.dtype, needs: str, instead: str) -> str:
+    """Which implementation of an op runs, where a recipe rests on a fast one.
+
+    Raises EnvironmentProblem where a GPU has none and nobody forced its reference; the error says what the op needs, and what
+    to use instead.
+    """
+    op = TABLE[name]
+    op.resolve(device, dtype)
+    chosen, why = op.chosen[device.type, dtype][0], op.reasons[device.type, dtype]
+    if device.type == "cuda" and chosen == "reference" and f"{name}=reference is forced" not in why.values():
+        raise EnvironmentProblem(f"{name}: needs {needs}, got {'; '.join(why.values())}. {instead}")
+    return chosen
+
+
 def explain(device: str | torch.device, dtype: torch.dtype) -> list[tuple[str, str, dict[str, str]]]:
     """For each op: its name, the implementation chosen for tensors like these, why each other lost."""
     rows = []

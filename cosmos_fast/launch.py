@@ -156,9 +156,8 @@ class Supervisor:
             if (one := self.ranks.pop(rank, None)) is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(one.process.pid, signal.SIGKILL)  # with what it started: decoders, compilers
-                with contextlib.suppress(
-                    subprocess.TimeoutExpired
-                ):  # it may be in a call that a disk or driver holds
+                # It may be in a call that a disk or a driver holds.
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     one.process.wait(KILL_S)
 
     # --- losses ---

@@ -76,14 +76,18 @@ def _over_codes(load: Callable[[], attention8.Attend8]) -> Callable[[], Callable
 _TWIN = triton("attention8", "attention_fp8", E4M3, ADA_UP)
 
 
-def _own() -> Callable[..., Tensor]:
+def own_or_twin(load: Callable[[], Callable[..., Any]], twin: Candidate) -> Candidate:
     """The CUDA kernel for heads of the width it is built for, its Triton twin for others."""
-    whole, any_width = attention8.load_own(), _TWIN.load()
 
-    def call(q: Tensor, *rest: Any) -> Tensor:
-        return (whole if q.shape[2] == attention8.OWN_WIDTH else any_width)(q, *rest)
+    def loaded() -> Callable[..., Any]:
+        whole, any_width = load(), twin.load()
 
-    return call
+        def call(q: Tensor, *rest: Any) -> Any:
+            return (whole if q.shape[2] == attention8.OWN_WIDTH else any_width)(q, *rest)
+
+        return call
+
+    return Candidate("own", loaded, "cuda", HOPPER, E4M3, ("triton",), "attention8_cuda")
 
 
 _attention_fp8 = define(
@@ -91,7 +95,7 @@ _attention_fp8 = define(
     operands.check_attention_fp8,
     lambda q, k, v, score_step, v_step, v_mean, out: q.new_empty(q.shape, dtype=out),
     # Ours first: 1022 TFLOP/s at the published size beside FlashAttention-3's 963 (docs/kernels/attention8.md).
-    Candidate("own", _own, "cuda", HOPPER, E4M3, ("triton",), "attention8_cuda"),
+    own_or_twin(attention8.load_own, _TWIN),
     Candidate("fa3", _over_codes(attention8.load_fa3), "cuda", HOPPER, E4M3, FA3),
     Candidate("cudnn", _over_codes(attention8.load_cudnn), "cuda", HOPPER_UP, E4M3, ("cudnn",)),
     _TWIN,

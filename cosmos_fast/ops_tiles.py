@@ -2,36 +2,24 @@
 
 For each head and tile of TILE_QUERIES queries a list names the tiles of TILE_KEYS keys that its softmax sees; time goes with
 how many. What a list leaves out is left out: outputs of disjoint lists merge by their log-sum-exps into that of all their
-keys. Nothing here runs unless asked for: recipes attend to every key.
+keys. A recipe attends to every key unless it says otherwise (`attention_share`, `attention_mass`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention8, operands
-from .dispatch import Candidate, define, triton
-from .ops import HOPPER
-from .ops_attention8 import ADA_UP, E4M3, Codes
+from .attention8 import merged as merged
+from .dispatch import define, triton
+from .ops_attention8 import ADA_UP, E4M3, Codes, own_or_twin
 from .packing import TILE_KEYS, TILE_QUERIES
 
 _TWIN = triton("attention8", "attention_fp8_tiles", E4M3, ADA_UP)
-
-
-def _own() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The CUDA kernel for heads of the width it is built for, its Triton twin for others."""
-    whole, any_width = attention8.load_own_tiles(), _TWIN.load()
-
-    def call(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return (whole if q.shape[2] == attention8.OWN_WIDTH else any_width)(q, *rest)
-
-    return call
 
 
 _attention_fp8_tiles = define(
@@ -42,7 +30,7 @@ _attention_fp8_tiles = define(
         q.new_empty(q.shape, dtype=out),
         q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32),
     ),
-    Candidate("own", _own, "cuda", HOPPER, E4M3, ("triton",), "attention8_cuda"),
+    own_or_twin(attention8.load_own_tiles, _TWIN),
     _TWIN,
 )
 _tile_means = define(
@@ -97,14 +85,3 @@ def estimated_tiles(codes: Codes, share: float = 1.0, mass: float = 1.0) -> KeyT
         kept = kept & (weights.cumsum(-1) - weights < mass)
     listed = torch.where(kept, order, tiles).sort(-1).values
     return KeyTiles(listed.int().contiguous(), kept.sum(-1).int())
-
-
-def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over all keys from those over disjoint lists: (L, N, K) in the parts' dtype, (N, L) fp32."""
-    lses = torch.stack([lse for _, lse in parts])
-    total = lses.logsumexp(0)
-    shares = torch.where(
-        total.isfinite(), (lses - total).exp(), 1 / len(parts)
-    )  # without keys all parts are alike
-    out = sum(out.float() * share.T[..., None] for (out, _), share in zip(parts, shares, strict=True))
-    return out.to(parts[0][0].dtype), total

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops_linear8, te_linears
-from .dispatch import TABLE
+from .dispatch import required
 from .formats import CheckpointError, EnvironmentProblem
 from .fp8_weights import is_computed, is_stored, quantised_rows
 from .linears import Apart, LinearGelu
@@ -139,15 +139,11 @@ def prove(device: torch.device) -> None:
 
     Raises EnvironmentProblem, also where a GPU has no 8-bit product and the reference would take its place.
     """
-    for op in ("linear_fp8", "linear_gelu_fp8"):
-        kind = torch.float8_e4m3fn
-        TABLE[op].resolve(device, kind)
-        name, why = TABLE[op].chosen[(device.type, kind)][0], TABLE[op].reasons[(device.type, kind)]
-        if device.type == "cuda" and name == "reference" and f"{op}=reference is forced" not in why.values():
-            raise EnvironmentProblem(
-                f"{op}: needs a GPU of compute capability 8.9 or later, got {'; '.join(why.values())}. "
-                "Use the recipe exact."
-            )
+    needs, e4m3 = "a GPU of compute capability 8.9 or later", torch.float8_e4m3fn
+    chosen = {
+        op: required(op, device, e4m3, needs, "Use the recipe exact.")
+        for op in ("linear_fp8", "linear_gelu_fp8")
+    }
     generator = torch.Generator().manual_seed(0)
     x, w1, w2 = (
         torch.randn(n, d, generator=generator).to(device) for n, d in ((200, 256), (512, 256), (128, 512))
@@ -169,8 +165,7 @@ def prove(device: torch.device) -> None:
     for op, (mine, exact, worst) in errors.items():
         error = float((mine - exact).norm() / exact.norm())
         if not error <= worst:
-            chosen = TABLE[op].chosen[(device.type, torch.float8_e4m3fn)][0]
             raise EnvironmentProblem(
-                f"{op}: {chosen} must agree with fp64 within {worst} on this machine, got {error:.3g}. "
+                f"{op}: {chosen[op]} must agree with fp64 within {worst} on this machine, got {error:.3g}. "
                 f"Set COSMOS_FAST_OPS={op}=<another implementation>, or use the recipe exact."
             )

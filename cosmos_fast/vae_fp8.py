@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops_vae
-from .dispatch import TABLE
+from .dispatch import required
 from .formats import EnvironmentProblem
 from .fp8_weights import quantised_rows
 from .vae import VAE, CausalConv, Norm, Residual, Stream
@@ -70,14 +70,9 @@ def prove(device: torch.device) -> None:
 
     Raises EnvironmentProblem, also where a GPU has no such conv and the reference would take its place.
     """
-    for op, kind in (("norm_silu_fp8", torch.bfloat16), ("conv3d_fp8", E4M3)):
-        TABLE[op].resolve(device, kind)
-        name, why = TABLE[op].chosen[(device.type, kind)][0], TABLE[op].reasons[(device.type, kind)]
-        if device.type == "cuda" and name == "reference" and f"{op}=reference is forced" not in why.values():
-            raise EnvironmentProblem(
-                f"{op}: needs a GPU of compute capability 9.0 and Triton, got {'; '.join(why.values())}. "
-                "Use a recipe with vae bf16."
-            )
+    needs, instead = "a GPU of compute capability 9.0 and Triton", "Use a recipe with vae bf16."
+    required("norm_silu_fp8", device, torch.bfloat16, needs, instead)
+    name = required("conv3d_fp8", device, E4M3, needs, instead)
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(shape, generator=generator) for shape in ((1, 64, 3, 6, 18), (96, 64, 3, 3, 3)))
     (codes, scale), bias = quantised_rows(w.flatten(1)), torch.zeros(96)
@@ -89,6 +84,6 @@ def prove(device: torch.device) -> None:
     error = float((found.cpu().double() - exact).norm() / exact.norm())
     if not error <= WORST:
         raise EnvironmentProblem(
-            f"conv3d_fp8: {TABLE['conv3d_fp8'].chosen[(device.type, E4M3)][0]} must agree with fp64 within {WORST} on this "
+            f"conv3d_fp8: {name} must agree with fp64 within {WORST} on this "
             f"machine, got {error:.3g}. Use a recipe with vae bf16."
         )
