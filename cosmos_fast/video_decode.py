@@ -189,6 +189,10 @@ class Decoder:
             return []
 
     def close(self) -> None:
+        # PyAV frees a codec with the GIL held, and a decoding thread that is still at work may want it: FFmpeg's
+        # messages go through Python once anything in the process turned av.logging on (torchvision.io does). Each
+        # then waits for the other for ever. A flush waits for the threads with the GIL released, so none is at work.
+        self.stream.codec_context.flush_buffers()
         self.container.close()
 
     def __enter__(self) -> Decoder:

@@ -383,3 +383,31 @@ def test_stream_that_appears_late_is_damage(
     real = video_decode.av.open
     monkeypatch.setattr(video_decode.av, "open", lambda *args, **options: Demuxer(real(*args, **options)))
     refused(clips["mp4"], "of 60 frames readable, 1 damaged")
+
+
+CLOSE_EARLY = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(20, exit=True)
+import av
+from cosmos_fast.video_decode import Decoder
+av.logging.set_level(av.logging.ERROR)  # as torchvision.io does, for the whole process
+for frames in range(1, 25):
+    with Decoder(sys.argv[1], "mov") as decoder:
+        decoder.stream.codec_context.thread_count = 8
+        for _ in zip(range(frames), decoder):
+            pass
+    del decoder
+print("closed")
+"""
+
+
+def test_a_damaged_file_may_be_closed_while_its_threads_complain(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 240, 320, 3), np.uint8)
+    options = {"g": "12", "x264-params": "slices=8"}
+    clip = media.write(
+        tmp_path / "a.mp4", noise, options=options, container_options={"movflags": "faststart"}
+    )
+    path = media.flip(clip, tmp_path / "b.mp4", 3000, seed=1, start=4000, stop=clip.stat().st_size)
+    command = [sys.executable, "-c", CLOSE_EARLY, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "closed\n", done.stderr[-500:]
