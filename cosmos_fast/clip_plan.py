@@ -54,6 +54,16 @@ class ClipPlan:
         return max(((s, b) for s, b in self.memory.items() if s != "weights"), key=lambda item: item[1])
 
     @property
+    def masks_in_words(self) -> dict[str, str]:
+        """Masks asked for in words that no maker has looked for yet: the words, by control."""
+        return {
+            name: control.mask_prompt
+            for name, control in self.spec.controls.items()
+            if control.mask_prompt is not None and control.mask_path is None
+            if name not in self.masks and f"{name}.mask_prompt" not in self.made
+        }
+
+    @property
     def prompts(self) -> dict[str, str]:
         """What the network reads, by spec key; the negative prompt counts where there is guidance."""
         has_negative = self.network_calls > self.steps * len(self.chunks)

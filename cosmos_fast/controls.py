@@ -196,7 +196,7 @@ def find_maker(name: str, makers: Mapping[str, ControlMaker] = MAKERS) -> Contro
 
 
 def mask_prompt_problem(name: str, prompt: str) -> EnvironmentProblem:
-    """The problem to raise for a mask asked for in words: nothing here turns words into masks."""
+    """The problem to raise for a mask that is still words where frames are read: no maker has seen it."""
     return EnvironmentProblem(
         f"{name}.mask_prompt: a mask from words needs a maker, got none for {prompt!r}. "
         f"Give {name}.mask_path a mask video, white where the control is to act."

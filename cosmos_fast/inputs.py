@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .chunking import Chunk, mirror_index, pad, read_label_mask
-from .controls import CONTROL_FILTER, MAKERS, MASK_FILTER, ControlMaker, FrameMaker, binary_mask, find_maker
+from .controls import (
+    CONTROL_FILTER,
+    MAKERS,
+    MASK_FILTER,
+    ControlMaker,
+    FrameMaker,
+    binary_mask,
+    find_maker,
+    mask_prompt_problem,
+)
 from .formats import ClipError
 from .video import Probe, Source, probe, resize
 
@@ -35,10 +44,15 @@ class ChunkInputs:
 
 
 class ClipInputs:
-    """Opens the files of a planned clip; `read` gives one chunk at a time, in order. A context manager."""
+    """Opens the files of a planned clip; `read` gives one chunk at a time, in order. A context manager.
+
+    Raises EnvironmentProblem for a mask that is still words: a control without it would act everywhere.
+    """
 
     def __init__(self, clip: ClipPlan, makers: Mapping[str, ControlMaker] = MAKERS) -> None:
         self.clip, self._makers = clip, makers
+        for name, words in clip.masks_in_words.items():
+            raise mask_prompt_problem(name, words)
         keep = max(clip.spec.num_conditional_frames, 1)
         limit = clip.frames
 

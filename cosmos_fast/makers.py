@@ -92,9 +92,10 @@ def _needs(clip: ClipPlan) -> list[Need]:
                 words = clip.spec.prompt.split()[:PROMPT_WORDS]
                 text = getattr(control, "control_prompt", None) or " ".join(words)
             found.append(Need(name, name, ClipTask(clip.source, clip.model_size, text)))
-        if control.mask_prompt is not None and control.mask_path is None and name not in clip.masks:
-            task = ClipTask(clip.source, clip.model_size, control.mask_prompt)
-            found.append(Need("mask", name, task))
+        if name in clip.masks_in_words:
+            found.append(
+                Need("mask", name, ClipTask(clip.source, clip.model_size, clip.masks_in_words[name]))
+            )
     return found
 
 

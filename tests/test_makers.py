@@ -21,6 +21,7 @@ from cosmos_fast.clip_plan import ClipPlan
 from cosmos_fast.disk_cache import DiskCache
 from cosmos_fast.formats import CheckpointError, ClipError, EnvironmentProblem
 from cosmos_fast.guards import Stopped
+from cosmos_fast.inputs import ClipInputs
 from cosmos_fast.makers import Makers
 from cosmos_fast.planning import preflight
 from cosmos_fast.video import Source, probe
@@ -223,6 +224,11 @@ def test_nothing_found_fails_a_control_and_leaves_a_mask_out(clip: Path, bench: 
     masked = ready["mask"]
     assert isinstance(masked, ClipPlan) and masked.masks == {}
     assert "unicorn" in masked.notes[-1] and "everywhere" in masked.notes[-1]
+    with ClipInputs(masked):  # looked for in vain is not the same as not looked for
+        pass
+    assert bench.fresh().complete(masked) is masked
+    with pytest.raises(EnvironmentProblem, match=r"edge.mask_prompt: .* 'a unicorn'. Give edge.mask_path"):
+        ClipInputs(plans[1])
     # Searching in vain is remembered too.
     again = bench.fresh().prepare(plans)
     assert not bench.made and isinstance(again["seg"], ClipError) and isinstance(again["mask"], ClipPlan)
