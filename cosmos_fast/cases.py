@@ -88,6 +88,11 @@ def _qkv_packed(r: Random, L: int, N: int, K: int, columns: int = 2, parts: int 
     return *_qk_norm_rope(r, L, N, K)[:-1], columns, parts, EPS
 
 
+def _qkv_sums(r: Random, L: int, N: int, K: int) -> Args:
+    qkv, _, *rest = _qk_norm_rope(r, L, N, K)
+    return qkv, *rest
+
+
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_mean, v_mean, v_step."""
     k_mean, v_mean = (r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2))
@@ -151,7 +156,7 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "residual_adaln_fp8": lambda r, **sizes: _residual_adaln(r, **sizes)[:-1],
     "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
     "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
-    "qkv_moments": _qk_norm_rope, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
+    "qkv_moments": _qk_norm_rope, "qkv_sums": _qkv_sums, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
     "attention_fp8_tiles": _attention_fp8_tiles,
     "tile_means": lambda r, L, N, K, rows: ((r.normal(L, N, K) * 30).to(torch.float8_e4m3fn), rows),
     **VAE_MAKERS,
@@ -256,6 +261,12 @@ CASES: dict[str, tuple[Case, ...]] = {
     "qkv_moments": _token_cases(_HEADS, _TINY, [
         _ODD_HEADS, _ONE_HEAD, Case("chunks", "odd", "several partial sums, the last of few tokens", {"L": 261, "N": 1, "K": 32}),
     ]),
+    "qkv_sums": (
+        Case("half of 720p", "production", "one of two ranks", {"L": _720P // 2, **_HEADS}),
+        Case("small", "small", "a few whole tokens", {"L": 24, **_TINY}),
+        Case("chunks", "odd", "several partial sums, the last of few tokens", {"L": 261, "N": 3, "K": 96}),
+        Case("one token", "odd", "L = 1", {"L": 1, **_TINY}),
+    ),
     "qkv_codes": _token_cases(_HEADS, _TINY, [
         _ODD_HEADS, _ONE_HEAD,
         Case("720p rotated", "production", "as the network does", {"L": _720P, **_HEADS, "rotate": 1}),

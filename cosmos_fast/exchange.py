@@ -80,7 +80,7 @@ def fp8_operands(
 ) -> Operands:
     """e4m3 codes of q, k and v, less the means over the tokens of all ranks; shared: steps and mean."""
     given = qkv, q_gain, k_gain, cos, sin
-    moments = ops_attention8.pooled(ops_attention8.qkv_moments(*given), qkv.shape[0], ranks.gather)
+    moments = ops_attention8.pooled_moments(*given, ranks.gather)
     codes = ops_attention8.qkv_codes(*given, rotate=rotate, moments=moments)
     heads = codes.v_step.shape[0]
     return Operands(

@@ -175,6 +175,11 @@ def check_qkv_moments(qkv, q_gain, k_gain, cos, sin, eps) -> None:  # type: igno
     check_qk(qkv, q_gain, k_gain, cos, sin, eps, "qkv_moments")
 
 
+def check_qkv_sums(qkv, k_gain, cos, sin, eps) -> None:  # type: ignore[no-untyped-def]
+    check_qk(qkv, k_gain, k_gain, cos, sin, eps, "qkv_sums")
+    _check(qkv.shape[0] > 0, "qkv_sums", "there must be at least one token", qkv.shape[0])
+
+
 def check_qkv_codes(  # type: ignore[no-untyped-def]
     qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps
 ) -> None:

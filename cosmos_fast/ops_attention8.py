@@ -41,6 +41,15 @@ _qkv_moments = define(
     ),
     triton("qkv_codes", "qkv_moments"),
 )
+_qkv_sums = define(
+    "qkv_sums(Tensor qkv, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
+    operands.check_qkv_sums,
+    lambda qkv, k_gain, *rest: (
+        qkv.new_empty((2, qkv.shape[1] // (3 * k_gain.shape[0]), k_gain.shape[0]), dtype=torch.float64),
+        _fp32(qkv, 2, qkv.shape[1] // (3 * k_gain.shape[0]), k_gain.shape[0]),
+    ),
+    triton("qkv_codes", "qkv_sums"),
+)
 _qkv_codes = define(
     "qkv_codes(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, Tensor v_step, "
     "Tensor steps, bool rotate, bool pack, float eps) -> (Tensor, Tensor, Tensor)",
@@ -140,24 +149,20 @@ def qkv_moments(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: T
     return _qkv_moments(qkv, q_gain, k_gain, cos, sin, EPS)
 
 
-def pooled(moments: Moments, tokens: int, gather: Callable[[Tensor], list[Tensor]]) -> Moments:
-    """Moments of the tokens of several ranks from those of each.
+def pooled_moments(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, gather: Callable[[Tensor], list[Tensor]]
+) -> Moments:  # fmt: skip
+    """`qkv_moments` of the tokens of all ranks, of which these are one's; gather: a tensor of every rank, 64 KiB at 2048 features.
 
-    tokens: how many this rank's are of; gather: a tensor of every rank. A step of v may come out larger than that of all
-    tokens at once, which costs no digit.
+    The bits of one rank's: sums are in fp64, where those of 16-bit values are exact (53 digits hold 2^17 values of 8 that
+    lie within 28 powers of two; what a smaller one loses is far behind the last digit of fp32).
     """
-    k_mean, v_mean, v_step, steps = moments
-    counts = torch.full_like(k_mean, tokens)
-    count, k_means, v_means, v_steps = torch.stack(
-        gather(torch.stack((counts, k_mean, v_mean, v_step)))
-    ).unbind(1)
-    share = count / count.sum(0)
-    peaks = v_steps * reference.E4M3_MAX
-    k_mean, v_mean = (k_means * share).sum(0), (v_means * share).sum(0)
-    v_mean = reference.centred(v_mean, (peaks + v_means.abs()).amax(0))
-    # |v - mean| <= |v - its rank's mean| + |that mean - mean|
-    peak = (peaks + (v_means - v_mean).abs()).amax(0)
-    return k_mean, v_mean, reference.power_of_two(peak / reference.E4M3_MAX), steps
+    sums, ends = _qkv_sums(qkv, k_gain, cos, sin, EPS)
+    mine = torch.cat((sums.new_full((1,), len(qkv)), sums.flatten(), ends.double().flatten()))
+    count, *parts = torch.stack(gather(mine)).split([1, sums.numel(), ends[0].numel(), ends[1].numel()], 1)
+    sums = parts[0].sum(0).view_as(sums)
+    ends = torch.stack((parts[1].amin(0), parts[2].amax(0))).float().view_as(ends)
+    return reference.moments(sums, ends, count.sum(), q_gain, k_gain)
 
 
 def qkv_codes(

@@ -199,11 +199,26 @@ def qkv_moments(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Over all tokens: mean of rotated k, `centred` mean of v, step of each channel of v (N, K); steps of q, k, a score (3,)."""
-    _, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
-    v, count, K = qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float(), max(len(qkv), 1), k.shape[-1]
-    k_mean, v_mean = k.float().sum(0) / count, v.sum(0) / count
-    v_mean = centred(v_mean, torch.cat((v.abs(), v_mean[None] * 0)).amax(0))
-    peak = torch.cat(((v - v_mean).abs(), v_mean[None] * 0)).amax(0)
+    sums, ends = qkv_sums(qkv, k_gain, cos, sin, eps)
+    return moments(sums, ends if len(qkv) else torch.zeros_like(ends), max(len(qkv), 1), q_gain, k_gain)
+
+
+def qkv_sums(qkv: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Sums of rotated k and of v (2, N, K) fp64, least and largest v (2, N, K) fp32: of tokens of whichever ranks, they add up."""
+    _, k = qk_norm_rope(qkv, k_gain, k_gain, cos, sin, eps)
+    v = qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float()
+    none = v.new_full((1, *v.shape[1:]), torch.inf)
+    ends = torch.cat((v, none)).amin(0), torch.cat((v, -none)).amax(0)
+    return torch.stack((k.double().sum(0), v.double().sum(0))), torch.stack(ends)
+
+
+def moments(
+    sums: Tensor, ends: Tensor, count: int | Tensor, q_gain: Tensor, k_gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`qkv_moments` from `qkv_sums` of `count` tokens."""
+    (k_mean, v_mean), K = (sums / count).float(), k_gain.shape[0]
+    v_mean = centred(v_mean, ends.abs().amax(0))
+    peak = torch.maximum(ends[1] - v_mean, v_mean - ends[0])
     # Normed to sqrt(K), scaled by the gain, rotated: no entry is larger than q_most; k less its mean, than twice k_most.
     q_most, k_most = (K**0.5 * gain.float().abs().amax() for gain in (q_gain, k_gain))
     q_step, k_step, v_step = (power_of_two(most / E4M3_MAX) for most in (q_most, 2 * k_most, peak))

@@ -42,7 +42,7 @@ def inputs(op: str, case: Case, device: torch.device | str, dtype: torch.dtype, 
 def nbytes(op: str, args: Args, outputs: Sequence[Tensor]) -> int:
     """Bytes the op must move: every operand read once, every result written once."""
     moved = sum(t.numel() * t.element_size() for t in (*_flat(args), *outputs))
-    third = op in ("qk_norm_rope", "qkv_moments")  # one part of the packed projection is not read
+    third = op in ("qk_norm_rope", "qkv_moments", "qkv_sums")  # one part of the packed projection is not read
     return moved - args[0].numel() * args[0].element_size() // 3 if third else moved
 
 

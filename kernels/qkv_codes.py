@@ -1,6 +1,7 @@
-"""8-bit operands of self-attention from the packed projection: `qkv_moments`, `qkv_codes`, `values_restored`.
+"""8-bit operands of self-attention from the packed projection: `qkv_moments`, `qkv_sums`, `qkv_codes`, `values_restored`.
 
     qkv_moments      means of rotated k and of v over all tokens, the step of each channel of v, the steps of q and k
+    qkv_sums         what ranks add up to get them: sums of rotated k and of v, least and largest v of each channel
     qkv_codes        q, k: norm, rotary positions, rounded; k less its mean; a Hadamard rotation of both; codes = x / step
                      v: codes = (v - v_mean) / v_step, as they are or packed for tensor cores
     values_restored  y = x * v_step + v_mean, what attention made of codes of v turned into what it makes of v
@@ -15,7 +16,7 @@ powers of two: codes are then the values rounded to three bits behind the point,
 multiples of bf16's spacing at the channel's largest value, see `reference.centred`.
 
 Bytes in bf16 at L 84480, N 16, K 128 and floor at 2.98 TB/s, the assumed copy of one H100:
-    qkv_moments      k, v, cos, sin             0.74 GB   0.247 ms
+    qkv_moments      k, v, cos, sin             0.74 GB   0.247 ms    (qkv_sums: the same)
     qkv_codes        q, k, v, cos, sin, codes   1.60 GB   0.537 ms
     values_restored  x, y                       0.69 GB   0.232 ms
 """
@@ -54,7 +55,7 @@ def _power_of_two(x):
 
 @triton.jit
 def _moments_kernel(
-    qkv, k_gain, cos, sin, partial, L, cos_stride, sin_stride, part_stride, eps,
+    qkv, k_gain, cos, sin, sums, ends, L, cos_stride, sin_stride, part_stride, eps,
     N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = K // 2
@@ -62,7 +63,8 @@ def _moments_kernel(
     heads, cols = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
     keep, at, spread = (heads < N) & (cols < HALF), heads * K + cols, heads * 0 + cols
     none = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float32)
-    k_low, k_high, low_sum, high_sum = none, none, none, none
+    k_low = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float64)  # fp64 adds 16-bit values without an error, in any order
+    k_high, low_sum, high_sum = k_low, k_low, k_low
     low_min, high_min = none + float("inf"), none + float("inf")
     low_max, high_max = none - float("inf"), none - float("inf")
     for row in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L)):
@@ -75,47 +77,69 @@ def _moments_kernel(
         c = tl.load(cos + row * cos_stride + spread, keep, 0.0)
         s = tl.load(sin + row * sin_stride + spread, keep, 0.0)
         low, high = normed_rotated(low, high, k_gain, spread, keep, c, s, eps, qkv, K, HALF)
-        k_low += low.to(tl.float32)
-        k_high += high.to(tl.float32)
-        low_sum += v_low
-        high_sum += v_high
+        k_low += low.to(tl.float64)
+        k_high += high.to(tl.float64)
+        low_sum += v_low.to(tl.float64)
+        high_sum += v_high.to(tl.float64)
         low_min, high_min = tl.minimum(low_min, v_low), tl.minimum(high_min, v_high)
         low_max, high_max = tl.maximum(low_max, v_low), tl.maximum(high_max, v_high)
-    to = partial + chunk * (N * K) + at
+    to = sums + chunk * (N * K) + at
     tl.store(to, k_low, keep)
     tl.store(to + HALF, k_high, keep)
     tl.store(to + part_stride, low_sum, keep)
     tl.store(to + part_stride + HALF, high_sum, keep)
-    tl.store(to + 2 * part_stride, low_min, keep)
-    tl.store(to + 2 * part_stride + HALF, high_min, keep)
-    tl.store(to + 3 * part_stride, low_max, keep)
-    tl.store(to + 3 * part_stride + HALF, high_max, keep)
+    to = ends + chunk * (N * K) + at
+    tl.store(to, low_min, keep)
+    tl.store(to + HALF, high_min, keep)
+    tl.store(to + part_stride, low_max, keep)
+    tl.store(to + part_stride + HALF, high_max, keep)
+
+
+@triton.jit
+def _of_chunks(sums, ends, cols, chunks, part_stride, NK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(1, BLOCK) sum of k, of v, least v, largest v over all chunks."""
+    rows = tl.arange(0, ROWS)[:, None]
+    keys = tl.zeros((ROWS, BLOCK), tl.float64)
+    values, none = keys, tl.zeros((ROWS, BLOCK), tl.float32)
+    least, most = none + float("inf"), none - float("inf")
+    for first in range(0, chunks, ROWS):
+        keep = (first + rows < chunks) & (cols < NK)
+        at = (first + rows).to(tl.int64) * NK + cols
+        keys += tl.load(sums + at, keep, 0.0)
+        values += tl.load(sums + at + part_stride, keep, 0.0)
+        least = tl.minimum(least, tl.load(ends + at, keep, float("inf")))
+        most = tl.maximum(most, tl.load(ends + at + part_stride, keep, -float("inf")))
+    keys, values = tl.sum(keys, 0, keep_dims=True), tl.sum(values, 0, keep_dims=True)
+    return keys, values, tl.min(least, 0, keep_dims=True), tl.max(most, 0, keep_dims=True)
+
+
+@triton.jit
+def _sums_finish_kernel(
+    sums, ends, sums_out, ends_out, chunks, part_stride, NK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    keys, values, low, high = _of_chunks(sums, ends, cols, chunks, part_stride, NK, ROWS, BLOCK)
+    tl.store(sums_out + cols, keys, cols < NK)
+    tl.store(sums_out + NK + cols, values, cols < NK)
+    tl.store(ends_out + cols, low, cols < NK)
+    tl.store(ends_out + NK + cols, high, cols < NK)
 
 
 @triton.jit
 def _moments_finish_kernel(
-    partial, q_gain, k_gain, k_mean, v_mean, v_step, steps, L, chunks, part_stride, root,
+    sums, ends, q_gain, k_gain, k_mean, v_mean, v_step, steps, L, chunks, part_stride, root,
     NK: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    cols, rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.arange(0, ROWS)[:, None]
-    none = tl.zeros((ROWS, BLOCK), tl.float32)
-    keys, values, least, most = none, none, none + float("inf"), none - float("inf")
-    for first in range(0, chunks, ROWS):
-        keep = (first + rows < chunks) & (cols < NK)
-        at = partial + (first + rows).to(tl.int64) * NK + cols
-        keys += tl.load(at, keep, 0.0)
-        values += tl.load(at + part_stride, keep, 0.0)
-        least = tl.minimum(least, tl.load(at + 2 * part_stride, keep, float("inf")))
-        most = tl.maximum(most, tl.load(at + 3 * part_stride, keep, -float("inf")))
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    keys, values, low, high = _of_chunks(sums, ends, cols, chunks, part_stride, NK, ROWS, BLOCK)
     keep, to = cols < NK, cols
-    count = tl.maximum(L, 1).to(tl.float32)
-    high, low = tl.max(most, 0, keep_dims=True), tl.min(least, 0, keep_dims=True)
+    count = tl.maximum(L, 1).to(tl.float64)
     # Exact divisions: many a mean and peak is a round number, which a last bit would move past a power of two.
     unit = _power_of_two(tl.where(L > 0, tl.maximum(tl.abs(high), tl.abs(low)), 0.0) * 0.00390625)
-    mean = tl.div_rn(tl.sum(values, 0, keep_dims=True), count)
+    mean = (values / count).to(tl.float32)
     mean = tl.floor(tl.div_rn(mean, unit) + 0.5) * unit
     peak = tl.maximum(high - mean, mean - low)
-    tl.store(k_mean + to, tl.sum(keys, 0, keep_dims=True) / count, keep)
+    tl.store(k_mean + to, (keys / count).to(tl.float32), keep)
     tl.store(v_mean + to, mean, keep)
     tl.store(v_step + to, _power_of_two(tl.div_rn(tl.where(L > 0, peak, 0.0), 448.0)), keep)
     if tl.program_id(0) == 0:
@@ -218,28 +242,52 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))  # type: ignore[return-value]
 
 
+def _chunks(
+    qkv: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Of each chunk of tokens: sums of k and v (2, chunks, N, K) fp64, least and largest v (2, chunks, N, K) fp32."""
+    L, N, K = _sizes(qkv, k_gain)
+    cos, sin = _tables(cos, sin)
+    chunks = triton.cdiv(L, config.block)
+    sums = qkv.new_empty(2, chunks, N, K, dtype=torch.float64)
+    ends = qkv.new_empty(2, chunks, N, K, dtype=torch.float32)
+    if chunks:
+        _moments_kernel[(chunks,)](
+            qkv, k_gain.contiguous(), cos, sin, sums, ends, L, cos.stride(0), sin.stride(0), chunks * N * K, eps,
+            N=N, K=K, CHUNK=config.block, BLOCK_N=triton.next_power_of_2(N),
+            BLOCK_HALF=triton.next_power_of_2(K // 2), num_warps=config.warps,
+        )  # fmt: skip
+    return sums, ends
+
+
 def qkv_moments(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, *, config: Config = MOMENTS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """k_mean, v_mean, v_step (N, K) and steps (3,), fp32. config.block: tokens that one program sums."""
     L, N, K = _sizes(qkv, q_gain)
-    cos, sin = _tables(cos, sin)
-    chunks, fp32 = triton.cdiv(L, config.block), {"dtype": torch.float32}
-    partial = qkv.new_empty(4, chunks, N, K, **fp32)
-    k_mean, v_mean, v_step = (qkv.new_empty(N, K, **fp32) for _ in range(3))
-    steps = qkv.new_empty(3, **fp32)
+    k_mean, v_mean, v_step = (qkv.new_empty(N, K, dtype=torch.float32) for _ in range(3))
+    steps = qkv.new_empty(3, dtype=torch.float32)
     with on_device_of(qkv):
-        if chunks:
-            _moments_kernel[(chunks,)](
-                qkv, k_gain.contiguous(), cos, sin, partial, L, cos.stride(0), sin.stride(0), chunks * N * K, eps,
-                N=N, K=K, CHUNK=config.block, BLOCK_N=triton.next_power_of_2(N),
-                BLOCK_HALF=triton.next_power_of_2(K // 2), num_warps=config.warps,
-            )  # fmt: skip
+        sums, ends = _chunks(qkv, k_gain, cos, sin, eps, config)
         _moments_finish_kernel[(triton.cdiv(N * K, 32),)](
-            partial, q_gain.contiguous(), k_gain.contiguous(), k_mean, v_mean, v_step, steps, L, chunks,
-            chunks * N * K, K**0.5, NK=N * K, K=K, ROWS=64, BLOCK=32, BLOCK_K=triton.next_power_of_2(K), num_warps=4,
+            sums, ends, q_gain.contiguous(), k_gain.contiguous(), k_mean, v_mean, v_step, steps, L, sums.shape[1],
+            sums[0].numel(), K**0.5, NK=N * K, K=K, ROWS=64, BLOCK=32, BLOCK_K=triton.next_power_of_2(K), num_warps=4,
         )  # fmt: skip
     return k_mean, v_mean, v_step, steps
+
+
+def qkv_sums(
+    qkv: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, *, config: Config = MOMENTS
+) -> tuple[Tensor, Tensor]:
+    """Sums of k and v (2, N, K) fp64, least and largest v (2, N, K) fp32. config.block: tokens that one program sums."""
+    _, N, K = _sizes(qkv, k_gain)
+    found = qkv.new_empty(2, N, K, dtype=torch.float64), qkv.new_empty(2, N, K, dtype=torch.float32)
+    with on_device_of(qkv):
+        sums, ends = _chunks(qkv, k_gain, cos, sin, eps, config)
+        _sums_finish_kernel[(triton.cdiv(N * K, 32),)](
+            sums, ends, *found, sums.shape[1], sums[0].numel(), NK=N * K, ROWS=64, BLOCK=32, num_warps=4
+        )
+    return found
 
 
 def qkv_codes(

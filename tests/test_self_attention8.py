@@ -68,25 +68,34 @@ def test_codes_of_v_are_off_by_nothing_together() -> None:
         qkv = (torch.randn(tokens, 3 * K) + shift * torch.randn(3 * K)).bfloat16()
         given = qkv, torch.ones(K).bfloat16(), torch.ones(K).bfloat16(), angle.cos(), angle.sin()
         moments = ops_attention8.qkv_moments(*given)
-        halves = [
-            ops_attention8.qkv_moments(x, *given[1:3], *(t[: len(x)] for t in given[3:]))
-            for x in qkv.split(12000)
-        ]
-        counts = iter((12000, 8000))
+        codes = ops_attention8.qkv_codes(*given, moments=moments)
+        v = qkv[:, 2 * K :].double().view(tokens, 1, K)
+        off = (codes.v.double() * codes.v_step + codes.v_mean - v).mean(0)
+        chance = 0.03 / tokens**0.5  # codes are off by 0.026 each
+        assert off.square().mean().sqrt() < 2 * chance, (shift, float(off.square().mean().sqrt() / chance))
+        assert ((v.mean(0) - codes.v_mean).abs() <= v.abs().amax(0) / 32).all()
 
-        def gather(mine: Tensor) -> list[Tensor]:
-            return [torch.stack((torch.full_like(h[0], next(counts)), *h[:3])) for h in halves]  # noqa: B023
 
-        for found in (moments, ops_attention8.pooled(halves[0], 12000, gather)):
-            codes = ops_attention8.qkv_codes(*given, moments=found)
-            v = qkv[:, 2 * K :].double().view(tokens, 1, K)
-            off = (codes.v.double() * codes.v_step + codes.v_mean - v).mean(0)
-            chance = 0.03 / tokens**0.5  # codes are off by 0.026 each
-            assert off.square().mean().sqrt() < 2 * chance, (
-                shift,
-                float(off.square().mean().sqrt() / chance),
-            )
-            assert ((v.mean(0) - codes.v_mean).abs() <= v.abs().amax(0) / 32).all()
+def spread(given: tuple[Tensor, ...], sizes: list[int]) -> list[ops_attention8.Moments]:
+    """Moments as each of several ranks finds them, of consecutive tokens so many each."""
+    qkv, q_gain, k_gain, *angles = given
+    parts = [(x, q_gain, k_gain, *pair) for x, *pair in zip(*(t.split(sizes) for t in (qkv, *angles)))]
+    sent: list[Tensor] = []
+    for part in parts:
+        ops_attention8.pooled_moments(*part, lambda mine: sent.append(mine) or [mine])
+    return [ops_attention8.pooled_moments(*part, lambda mine: sent) for part in parts]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_moments_are_those_of_one_rank_bit_for_bit_however_tokens_are_spread(dtype: torch.dtype) -> None:
+    tokens = 5000
+    qkv, angle = 30 * torch.randn(tokens, 3 * N * K) + torch.randn(3 * N * K), torch.rand(tokens, K // 2)
+    qkv[:, 2 * N * K] += 100 * (torch.arange(tokens) > 4000)  # whole ranks of large values, and of small ones
+    given = qkv.to(dtype), *(torch.randn(2, K) + 2).to(dtype), angle.cos(), angle.sin()
+    alone = ops_attention8.qkv_moments(*given)
+    for sizes in ([5000], [2500, 2500], [1667, 1667, 1666], [1, 4997, 1, 1]):
+        for found in spread(given, sizes):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True)), sizes
 
 
 def test_rotation_pays_where_channels_of_q_and_k_stick_out_together() -> None:
