@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from attention8_cases import DEVICE, HEADS, WIDTH, lse_allowed, relative
 from attention8_rungs import ROOT, Args, Rung
-from attention8_watch import Watch, timed
+from attention8_watch import column, mean_load, timed, watched
 from torch import Tensor
 
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -142,7 +142,7 @@ def sustained(runs: dict[str, Callable[[], Any]], flop: float, seconds: float) -
         run()
         torch.cuda.synchronize()
         count, begin, before = 0, time.monotonic(), None
-        with Watch() as seen:
+        with watched() as seen:
             while time.monotonic() - begin < seconds:
                 run()
                 done = torch.cuda.Event()
@@ -152,12 +152,12 @@ def sustained(runs: dict[str, Callable[[], Any]], flop: float, seconds: float) -
                 before, count = done, count + 1
             torch.cuda.synchronize()
             taken = time.monotonic() - begin
-        rows = seen.rows[int(len(seen.rows) / max(taken, 1)) :]
-        mean = lambda at, rows=rows: sum(r[at] for r in rows) / len(rows) if rows else None  # noqa: E731
+        rows = seen[int(len(seen) / max(taken, 1)) :]
+        clock = column(rows, "sm_mhz")
         yield {
             "section": "sustained", "name": name, "tflops": flop * count / taken / 1e12, "ms": 1e3 * taken / count,
-            "seconds": taken, "runs": count, "clock_mhz": mean(0), "watts": mean(1), "temperature_c": mean(2),
-            "samples": len(rows), "clock_range": [min((r[0] for r in rows), default=None), max((r[0] for r in rows), default=None)],
+            "seconds": taken, "runs": count, **mean_load(rows),
+            "samples": len(rows), "clock_range": [min(clock, default=None), max(clock, default=None)],
         }  # fmt: skip
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
 
 import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "bench")]
+
+from watch import Sample, Watch, column  # noqa: E402
 
 
 def timed(run: Callable[[], None], seconds: float) -> tuple[float, int]:
@@ -25,35 +32,28 @@ def timed(run: Callable[[], None], seconds: float) -> tuple[float, int]:
     return sorted(times)[len(times) // 2], len(times)
 
 
-class Watch:
-    """SM clock and board power while something runs, from nvidia-smi: medians, and all samples in `rows`."""
+@contextmanager
+def watched() -> Iterator[list[Sample]]:
+    """What was seen of the GPU in this block; the list is filled when it ends."""
+    watch, seen = Watch(), list[Sample]()
+    try:
+        with watch("block"):
+            yield seen
+    finally:
+        seen += watch.samples("block")
+        watch.close()
 
-    def __enter__(self) -> Watch:
-        query = [
-            "nvidia-smi",
-            "--query-gpu=clocks.sm,power.draw.instant,temperature.gpu",  # power.draw is a mean over a second
-            "--format=csv,noheader,nounits",
-            "-lms",
-            "100",
-        ]
-        try:
-            self.process = subprocess.Popen(
-                query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        except OSError:
-            self.process = None
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.clock = self.power = None
-        self.rows: list[tuple[float, ...]] = []
-        if self.process is None:
-            return
-        self.process.terminate()
-        lines = (self.process.communicate()[0] or "").splitlines()
-        fields = [line.split(",") for line in lines if line.count(",") == 2 and "N/A" not in line]
-        self.rows = [tuple(map(float, row)) for row in fields]
-        if self.rows:
-            self.clock, self.power = (
-                sorted(column)[len(self.rows) // 2] for column in list(zip(*self.rows))[:2]
-            )
+def load(seen: list[Sample]) -> dict[str, float | None]:
+    """Median SM clock, and median power as it was at each look: a mean over a second outlasts a timing."""
+    return {name: median(values) if values else None for name, values in _columns(seen).items()}
+
+
+def mean_load(seen: list[Sample]) -> dict[str, float | None]:
+    """Means of clock, power and temperature: of a run without a break."""
+    columns = _columns(seen) | {"temperature_c": column(seen, "temperature_c")}
+    return {name: fmean(values) if values else None for name, values in columns.items()}
+
+
+def _columns(seen: list[Sample]) -> dict[str, list[float]]:
+    return {"clock_mhz": column(seen, "sm_mhz"), "watts": column(seen, "instant_w")}

@@ -33,7 +33,7 @@ import torch
 from attention8_cases import DEVICE, WIDTH, Case, long_cases, lse_allowed, relative, tile_lists
 from attention8_proof import SECTIONS, Version, prove
 from attention8_rungs import ROOT, RUNGS, Args, Rung, build, caller, library
-from attention8_watch import Watch, timed
+from attention8_watch import load, timed, watched
 
 sys.path.insert(0, str(ROOT / "bench"))
 from records import environment  # noqa: E402
@@ -101,12 +101,10 @@ def check_long(
     for share in (0.5, 0.35, 0.2, 0.02) if rung.sparse else (1.0,):
         tiles, counts, _ = tile_lists(case, rung, share) if rung.sparse else (None, None, None)
         args = case.arguments(out, lse, tiles, counts)
-        with Watch() as watch:
+        with watched() as seen:
             ms, runs = timed(lambda args=args: call(args), seconds if not rung.sparse else seconds / 4)
         rate = 4.0 * L * S * N * WIDTH / ms / 1e9
-        yield {"rung": rung.name, "share": share, "ms": ms, "tflops": rate * share, "runs": runs} | {
-            "clock_mhz": watch.clock, "watts": watch.power,
-        }  # fmt: skip
+        yield {"rung": rung.name, "share": share, "ms": ms, "tflops": rate * share, "runs": runs} | load(seen)
     if rung.sparse or rung.probe != "None":
         return
     rows = slice(0, L, max(L // 64, 1))
@@ -174,11 +172,9 @@ def peers(case: Case, seconds: float) -> Iterator[dict[str, Any]]:
             # fp8 peers know no scale per channel of V: it belongs to their output.
             rows = result[:: max(case.L // 64, 1)].float() * (case.v_scale if "fp8" in name else 1.0)
             yield {"peer": name, "long_errors": {"random": relative(rows, case.reference_cache[0])}}
-            with Watch() as watch:
+            with watched() as seen:
                 ms, runs = timed(run, seconds)
-            yield {"peer": name, "ms": ms, "tflops": work / ms / 1e9, "runs": runs} | {
-                "clock_mhz": watch.clock, "watts": watch.power,
-            }  # fmt: skip
+            yield {"peer": name, "ms": ms, "tflops": work / ms / 1e9, "runs": runs} | load(seen)
         except Exception as error:  # what is not installed, or refuses
             yield {"peer": name, "missing": f"{type(error).__name__}: {error}"[:120]}
 

@@ -42,10 +42,10 @@ import scaling_clip  # noqa: E402
 import scaling_exchange  # noqa: E402
 from published import relative_l2  # noqa: E402
 from records import destination, environment  # noqa: E402
-from scaling_ranks import Parent, Traffic, fault_file, read, reader, write  # noqa: E402
+from scaling_ranks import Parent, Traffic, fault_file, read, write  # noqa: E402
 from scaling_summary import links, summary  # noqa: E402
 from scaling_trace import overlap, profiled  # noqa: E402
-from watch import Watch  # noqa: E402
+from watch import Sample, Watch, reader  # noqa: E402
 
 from cosmos_fast import dispatch, parallel, sampler, testing  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
@@ -76,7 +76,7 @@ class Bench:
         self.world = self.cfg.world
         self.config = NetworkConfig.tiny() if args.smoke else NetworkConfig.single()
         self.grid = SMOKE_GRID if args.smoke else GRID
-        self.watch = Watch(reader(self.ranks.local) if kind == "cuda" else lambda: (0.0, 0.0, 0.0))
+        self.watch = Watch(reader(self.ranks.local) if kind == "cuda" else lambda: Sample(0.0, 0.0, 0.0))
         self.traffic = Traffic()
 
     # --- time ---

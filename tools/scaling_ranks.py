@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +44,6 @@ class Traffic:
             return gather(group, x, rows)
 
         Group.all_to_all, Group.gather = counted_to_all, counted_gather  # type: ignore[method-assign, assignment]
-
-
-def reader(index: int) -> Callable[[], tuple[float, float, float]]:
-    """Clock, power and temperature of one GPU by its number, from NVIDIA's library or its command."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    except Exception:  # a missing package, or a library that finds no driver
-
-        def asked() -> tuple[float, float, float]:
-            query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
-            command = ["nvidia-smi", "-i", str(index), query, "--format=csv,noheader,nounits"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            clock, power, heat = (float(v) for v in done.stdout.splitlines()[0].split(","))
-            return clock, power, heat
-
-        return asked
-    return lambda: (
-        float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-        pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-    )
 
 
 # --- the record, which both sides write in turn ------------------------------------------------------
