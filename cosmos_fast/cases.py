@@ -93,6 +93,14 @@ def _qkv_sums(r: Random, L: int, N: int, K: int) -> Args:
     return qkv, *rest
 
 
+def _moments_of_sums(r: Random, parts: int, N: int, K: int) -> Args:
+    sums, ends = (
+        r.normal(parts, 2, N, K, dtype=torch.float64) * 1000,
+        r.normal(parts, 2, N, K, dtype=torch.float32),
+    )
+    return sums, ends.sort(1).values + ends.new_tensor([-3, 3])[:, None, None], r.normal(K), r.normal(K), 500
+
+
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_mean, v_mean, v_step."""
     k_mean, v_mean = (r.normal(N, K, dtype=torch.float32) * 0.5 for _ in range(2))
@@ -106,8 +114,23 @@ def _qkv_codes(r: Random, L: int, N: int, K: int, rotate: int = 0, pack: int = 0
     return qkv, q_gain, k_gain, cos, sin, *tables, steps, bool(rotate), bool(pack), eps
 
 
-def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, pack: int = 0) -> Args:
-    q, k, v = ((r.normal(n, N, K) * 30).to(torch.float8_e4m3fn) for n in (L, S, S))
+def _codes_packed(
+    r: Random, L: int, N: int, K: int, rotate: int = 1, columns: int = 2, parts: int = 2
+) -> Args:
+    *given, _, eps = _qkv_codes(r, L, N, K, rotate)
+    return *given, columns, parts, eps
+
+
+def _values_packed(r: Random, S: int, N: int, K: int) -> Args:
+    """The last third of a row, as it arrives beside q and k."""
+    return ((r.normal(S, 3, N, K) * 30).to(torch.float8_e4m3fn)[:, 2],)
+
+
+def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, pack: int = 0, apart: int = 0) -> Args:
+    """apart: q and k in rows that lie apart, as they arrive from other ranks."""
+    q, k, v = ((r.normal(n, N, (1 + 2 * apart) * K) * 30).to(torch.float8_e4m3fn) for n in (L, S, S))
+    q, k, v = (x.view(len(x), 1 + 2 * apart, N, K)[:, 0] for x in (q, k, v))
+    v = v.contiguous()
     _, v_mean, v_step = _channels(r, N, K)
     score_step = torch.full((1,), 1.5 * K**-0.5 / 900, device=r.device)
     return q, k, packed(v) if pack else v, score_step, v_step, v_mean, r.dtype
@@ -156,8 +179,8 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "residual_adaln_fp8": lambda r, **sizes: _residual_adaln(r, **sizes)[:-1],
     "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
     "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
-    "qkv_moments": _qk_norm_rope, "qkv_sums": _qkv_sums, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
-    "attention_fp8_tiles": _attention_fp8_tiles,
+    "qkv_moments": _qk_norm_rope, "qkv_sums": _qkv_sums, "moments_of_sums": _moments_of_sums, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
+    "attention_fp8_tiles": _attention_fp8_tiles, "codes_packed": _codes_packed, "values_packed": _values_packed,
     "tile_means": lambda r, L, N, K, rows: ((r.normal(L, N, K) * 30).to(torch.float8_e4m3fn), rows),
     **VAE_MAKERS,
     "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
@@ -267,6 +290,12 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("chunks", "odd", "several partial sums, the last of few tokens", {"L": 261, "N": 3, "K": 96}),
         Case("one token", "odd", "L = 1", {"L": 1, **_TINY}),
     ),
+    "moments_of_sums": (
+        Case("8 ranks", "production", "the published heads", {"parts": 8, **_HEADS}),
+        Case("2 ranks", "small", "the smallest exchange", {"parts": 2, **_TINY}),
+        Case("one part", "odd", "nothing to add, K no power of two", {"parts": 1, "N": 3, "K": 96}),
+        Case("65 parts", "odd", "more than are added at once", {"parts": 65, "N": 1, "K": 32}),
+    ),
     "qkv_codes": _token_cases(_HEADS, _TINY, [
         _ODD_HEADS, _ONE_HEAD,
         Case("720p rotated", "production", "as the network does", {"L": _720P, **_HEADS, "rotate": 1}),
@@ -278,7 +307,20 @@ CASES: dict[str, tuple[Case, ...]] = {
     "attention_fp8": _token_cases({"S": _SLICE, **_HEADS}, {"S": 40, **_TINY}, [
         Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
         Case("odd", "odd", "no tile is full, v transposed", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1}),
+        Case("apart", "odd", "q and k as they arrive", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1, "apart": 1}),
     ]),
+    "codes_packed": _token_cases({**_HEADS}, {**_TINY}, [
+        Case("3 of 6 heads", "odd", "parts of 1 and 2 heads, no rotation, K no power of two", {"L": 5, "N": 6, "K": 96, "rotate": 0}),
+        Case("4 columns in 3 parts", "odd", "parts of 1, 1 and 2 heads", {"L": 3, "N": 16, "K": 32, "columns": 4, "parts": 3}),
+        Case("one column, one part", "odd", "heads stay together", {"L": 130, "N": 3, "K": 64, "columns": 1, "parts": 1}),
+    ]),
+    "values_packed": (
+        Case("720p half the heads", "production", "what one of two ranks gets", {"S": _720P, "N": 8, "K": 128}),
+        Case("small", "small", "one group of 16", {"S": 16, **_TINY}),
+        Case("odd", "odd", "the last group has five tokens", {"S": 133, "N": 3, "K": 96}),
+        Case("one token", "odd", "S = 1", {"S": 1, **_TINY}),
+        Case("empty", "empty", "no token", {"S": 0, **_TINY}),
+    ),
     "attention_fp8_tiles": (
         Case("two tiles", "production", "the published heads and keys of a rank", {"L": 384, "S": _SLICE, **_HEADS, "pack": 1}),
         Case("small", "small", "a tile of queries, one and a bit of keys", {"L": 192, "S": 104, **_TINY}),

@@ -7,7 +7,8 @@ takes its heads for all queries (Ulysses). Otherwise the ranks form a grid: the 
 the queries, and every rank gets the keys of its heads from everybody. Each query still sees all keys in one call of the
 attention, so no partial softmax is ever merged and the values are those of one rank.
 
-What travels is what the producer of the operands made, byte for byte: 8-bit operands travel as 8 bits.
+What travels is what the producer of the operands made, byte for byte: 8-bit operands travel as 8 bits, and what is made of
+them is that of one rank bit for bit, since means and steps are those of all tokens (`ops_attention8.pooled_moments`).
 
 Letters: L tokens, Lr tokens of this rank, Lq queries this rank attends, N heads, n heads in one exchange, K head width.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from . import ops, ops_attention8, ops_exchange
 from .formats import cuts
-from .ops_attention8 import Codes
+from .ops_attention8 import Codes, Moments
 from .parallel import Exchange, Group, Shard
 
 Tensors = tuple[Tensor, ...]
@@ -45,9 +46,9 @@ class Operands:
 
 class Produce(Protocol):
     def __call__(
-        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, ranks: Group
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard
     ) -> Operands:
-        """Of this rank's tokens; ranks: who has the others. Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (Lr, K/2) fp32."""
+        """Of this rank's tokens; shard: who has the others. Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (Lr, K/2) fp32."""
 
 
 class Attend(Protocol):
@@ -56,7 +57,7 @@ class Attend(Protocol):
 
 
 def exact_operands(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, ranks: Group
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard
 ) -> Operands:
     """q, k and v in the dtype of qkv."""
     q, k, v = ops.qk_norm_rope(qkv, q_gain, k_gain, cos, sin)
@@ -69,41 +70,52 @@ def exact_attend(operands: Operands, out: torch.dtype) -> Tensor:
 
 
 def fp8_operands(
-    qkv: Tensor,
-    q_gain: Tensor,
-    k_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    ranks: Group,
-    *,
-    rotate: bool = True,
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard
 ) -> Operands:
     """e4m3 codes of q, k and v, less the means over the tokens of all ranks; shared: steps and mean."""
     given = qkv, q_gain, k_gain, cos, sin
-    moments = ops_attention8.pooled_moments(*given, ranks.gather)
-    codes = ops_attention8.qkv_codes(*given, rotate=rotate, moments=moments)
-    heads = codes.v_step.shape[0]
-    return Operands(
-        (codes.q,), (codes.k, codes.v), (codes.score_step.expand(heads), codes.v_step, codes.v_mean)
-    )
+    moments = ops_attention8.pooled_moments(*given, shard.tokens, shard.group.gather)
+    codes = ops_attention8.qkv_codes(*given, moments=moments)
+    return Operands((codes.q,), (codes.k, codes.v), _shared(moments))
+
+
+def _shared(moments: Moments) -> Tensors:
+    """What codes of each head come with: step of scores (N,), step and mean of v (N, K)."""
+    _, v_mean, v_step, steps = moments
+    return steps[2:].expand(v_step.shape[0]), v_step, v_mean
 
 
 def fp8_attend(operands: Operands, out: torch.dtype) -> Tensor:
     """Attention over codes."""
-    # Rows of an exchange lie apart; a library that keeps a plan per shape may have made it for rows that do not.
-    q, k, v = (x.contiguous() for x in (*operands.queries, *operands.keys))
-    score_step, v_step, v_mean = operands.shared
+    (q,), (k, v), (score_step, v_step, v_mean) = operands.queries, operands.keys, operands.shared
+    v = ops_attention8.values_packed(v) if ops_attention8.wants_packed(v.device) else v.contiguous()
     return ops_attention8.attention_fp8(Codes(q, k, v, score_step[:1], v_step, v_mean), out)
 
 
 class Pack(Protocol):
     def __call__(
-        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int
-    ) -> list[Tensor]:
-        """What a producer of q, k and v of one dtype makes, as it travels: of each part (columns, Lr, 3, heads, K)."""
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
+    ) -> tuple[list[Tensor], Tensors]:  # fmt: skip
+        """What a producer of q, k and v of one dtype makes, as it travels: of each part (columns, Lr, 3, heads, K); shared."""
 
 
-PACKS: dict[Produce, Pack] = {exact_operands: ops_exchange.qkv_packed}
+def exact_pack(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
+) -> tuple[list[Tensor], Tensors]:  # fmt: skip
+    """`exact_operands`."""
+    return ops_exchange.qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts), ()
+
+
+def fp8_pack(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
+) -> tuple[list[Tensor], Tensors]:  # fmt: skip
+    """`fp8_operands`."""
+    given = qkv, q_gain, k_gain, cos, sin
+    moments = ops_attention8.pooled_moments(*given, shard.tokens, shard.group.gather)
+    return ops_exchange.codes_packed(*given, moments, columns, parts), _shared(moments)
+
+
+PACKS: dict[Produce, Pack] = {exact_operands: exact_pack, fp8_operands: fp8_pack}
 """Producers whose operands can be written straight where they are sent from, without a copy between."""
 
 
@@ -131,6 +143,11 @@ class Grid:
         """Ranks of this rank's row: whose queries it attends, and who attends its own."""
         first = self.shard.group.rank // self.columns * self.columns
         return range(first, first + self.columns)
+
+    def own(self, shared: Tensors, part: slice) -> Tensors:
+        """Of tensors (N, ...) the heads of `part` of this rank's column."""
+        column = self.shard.group.rank % self.columns
+        return tuple(t.unflatten(0, (self.columns, -1))[column, part] for t in shared)
 
     def in_row(self, counts: Sequence[int]) -> list[int]:
         """counts of the ranks of this row, zero for all others."""
@@ -162,10 +179,13 @@ class Exchanged:
         pack = PACKS.get(self.produce) if grid.rows == 1 else None
         # All are sent before the first is awaited: what arrives later does so while the first is attended.
         if pack is not None:
-            packed = pack(qkv, q_gain, k_gain, *here, grid.columns, self.parts)
-            arriving = [_send_packed(part, grid) for part in packed]
+            packed, shared = pack(qkv, q_gain, k_gain, *here, grid.shard, grid.columns, self.parts)
+            arriving = [
+                _send_packed(heads, grid.own(shared, part), grid)
+                for heads, part in zip(packed, parts, strict=True)
+            ]
         else:
-            operands = self.produce(qkv, q_gain, k_gain, *here, self.group)
+            operands = self.produce(qkv, q_gain, k_gain, *here, grid.shard)
             arriving = [_send(operands, part, grid) for part in parts]
         returning = [_send_back(self.attend(sent(), qkv.dtype), grid) for sent in arriving]
         out = qkv.new_empty(Lr, grid.columns, per_column, K)
@@ -217,9 +237,7 @@ def _width(like: Tensor) -> int:
 
 def _send(operands: Operands, part: slice, grid: Grid) -> Callable[[], Operands]:
     """Start the exchange of some heads; calling what it returns waits for the operands that this rank attends."""
-    column = grid.shard.group.rank % grid.columns
-    shared = tuple(t.unflatten(0, (grid.columns, -1))[column, part] for t in operands.shared)
-    number = len(operands.queries)
+    shared, number = grid.own(operands.shared, part), len(operands.queries)
     if grid.rows == 1:  # queries and keys go the same way: one message
         parcels = [Parcel.send((*operands.queries, *operands.keys), part, grid, within_row=True)]
     else:
@@ -233,7 +251,7 @@ def _send(operands: Operands, part: slice, grid: Grid) -> Callable[[], Operands]
     return arrived
 
 
-def _send_packed(packed: Tensor, grid: Grid) -> Callable[[], Operands]:
+def _send_packed(packed: Tensor, shared: Tensors, grid: Grid) -> Callable[[], Operands]:
     """Start the exchange of q, k and v of some heads (columns, Lr, 3, n, K), where every rank is a column."""
     sizes, heads = grid.shard.sizes, packed.shape[2:]
     rows = packed.view(-1, math.prod(heads)).view(torch.uint8)
@@ -241,7 +259,7 @@ def _send_packed(packed: Tensor, grid: Grid) -> Callable[[], Operands]:
 
     def arrived() -> Operands:
         q, k, v = exchange.wait().view(packed.dtype).unflatten(1, heads).unbind(1)
-        return Operands((q,), (k, v))
+        return Operands((q,), (k, v), shared)
 
     return arrived
 

@@ -64,15 +64,7 @@ def check_head_norm(x: Tensor, gain: Tensor, eps: float) -> None:
            f"x must be (L, N*K) with K = {gain.numel()}", tuple(x.shape))  # fmt: skip
 
 
-def check_qk(
-    qkv: Tensor,
-    q_gain: Tensor,
-    k_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    op: str = "qk_norm_rope",
-) -> None:
+def check_qk(qkv, q_gain, k_gain, cos, sin, eps, op="qk_norm_rope") -> None:  # type: ignore[no-untyped-def]
     K = q_gain.shape[0]
     _check(qkv.dim() == 2 and qkv.is_contiguous() and qkv.shape[1] % (3 * K) == 0 and K % 2 == 0, op,
            f"qkv must be contiguous (L, 3*N*K) with even K = {K}", tuple(qkv.shape))  # fmt: skip
@@ -81,11 +73,11 @@ def check_qk(
                f"cos and sin must be ({qkv.shape[0]}, {K // 2}) float32", (tuple(table.shape), table.dtype))  # fmt: skip
 
 
-def check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, eps) -> None:  # type: ignore[no-untyped-def]
-    check_qk(qkv, q_gain, k_gain, cos, sin, eps, "qkv_packed")
+def check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, eps, op="qkv_packed") -> None:  # type: ignore[no-untyped-def]
+    check_qk(qkv, q_gain, k_gain, cos, sin, eps, op)
     heads = qkv.shape[1] // (3 * q_gain.shape[0])
-    _check(columns > 0 == heads % columns, "qkv_packed", f"columns must divide {heads} heads", columns)
-    _check(parts > 0, "qkv_packed", "parts must be 1 or more", parts)
+    _check(columns > 0 == heads % columns, op, f"columns must divide {heads} heads", columns)
+    _check(parts > 0, op, "parts must be 1 or more", parts)
 
 
 def check_gelu(x: Tensor) -> None:
@@ -180,10 +172,28 @@ def check_qkv_sums(qkv, k_gain, cos, sin, eps) -> None:  # type: ignore[no-untyp
     _check(qkv.shape[0] > 0, "qkv_sums", "there must be at least one token", qkv.shape[0])
 
 
-def check_qkv_codes(  # type: ignore[no-untyped-def]
-    qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps
+def check_moments_of_sums(sums, ends, q_gain, k_gain, tokens) -> None:  # type: ignore[no-untyped-def]
+    op, K, got = "moments_of_sums", q_gain.shape[0], [(tuple(x.shape), x.dtype, x.stride()) for x in (sums, ends)]  # fmt: skip
+    fits = sums.dim() == 4 and sums.shape == ends.shape and (sums.shape[1], sums.shape[3]) == (2, K)
+    kinds = sums.dtype == torch.float64 and ends.dtype == torch.float32
+    dense = sums.is_contiguous() and ends.is_contiguous()
+    rule = f"sums must be contiguous (parts, 2, N, {K}) float64 and ends the same float32"
+    _check(fits and kinds and dense, op, rule, got)
+    _check(tokens > 0 < len(sums), op, "there must be a part and a token", (len(sums), tokens))
+
+
+def check_codes_packed(  # type: ignore[no-untyped-def]
+    qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, columns, parts, eps
 ) -> None:
-    op, K = "qkv_codes", q_gain.shape[0]
+    op = "codes_packed"
+    check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, eps, op)
+    check_qkv_codes(qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, False, eps, op)
+
+
+def check_qkv_codes(  # type: ignore[no-untyped-def]
+    qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps, op="qkv_codes"
+) -> None:
+    K = q_gain.shape[0]
     check_qk(qkv, q_gain, k_gain, cos, sin, eps, op)
     _check_channels(op, qkv.shape[1] // (3 * K), K, k_mean, v_mean, v_step)
     fits = steps.shape == (3,) and steps.dtype == torch.float32
@@ -197,16 +207,7 @@ def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
         _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
 
 
-STARTS = {
-    "q": 16,
-    "k": 16,
-    "v": 16,
-    "score_step": 4,
-    "v_step": 16,
-    "v_mean": 16,
-    "key_tiles": 16,
-    "key_counts": 16,
-}
+STARTS = {"score_step": 4} | dict.fromkeys(("q", "k", "v", "v_step", "v_mean", "key_tiles", "key_counts"), 16)
 """Bytes on whose multiples the operands of 8-bit attention start in their storage: kernels read 16 at once, but one step."""
 
 
@@ -226,8 +227,9 @@ def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_
     rule = "q must be (L, N, K), k (S, N, K), v (S, N, K) or packed (N, K, S up to 16), all float8_e4m3fn"
     _check(fits and kinds, op, rule, got)
     _check(k.shape[0] > 0, op, "there must be at least one key", k.shape[0])
-    for x in (q, k, v):
-        _check(x.is_contiguous(), op, "q, k and v must be contiguous", x.stride())
+    _check(v.is_contiguous(), op, "v must be contiguous", v.stride())
+    for x in (q, k):
+        _check_rows_of_codes(op, "q and k", x)
     fits = score_step.shape == (1,) and score_step.dtype == torch.float32
     _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
     _check_channels(op, q.shape[1], q.shape[2], v_step, v_mean)
@@ -252,6 +254,19 @@ def check_tile_means(x: Tensor, rows: int) -> None:
     fits = x.dim() == 3 and x.is_contiguous() and x.dtype == torch.float8_e4m3fn
     _check(fits, "tile_means", "x must be contiguous (L, N, K) float8_e4m3fn", (tuple(x.shape), x.dtype))
     _check(rows > 0, "tile_means", "a tile must have a token", rows)
+
+
+def _check_rows_of_codes(op: str, what: str, x: Tensor) -> None:
+    """Heads of a token lie side by side; tokens may lie apart, as they do where q, k and v came in one message."""
+    dense = x.numel() == 0 or (x.stride(2) == 1 and x.stride(1) == x.shape[2])
+    _check(dense and (x.is_contiguous() or x.stride(0) % 16 == 0), op,
+           f"{what} must have dense heads, and rows that are dense or on multiples of 16 bytes", x.stride())  # fmt: skip
+
+
+def check_values_packed(v: Tensor) -> None:
+    fits = v.dim() == 3 and v.dtype == torch.float8_e4m3fn
+    _check(fits, "values_packed", "v must be (S, N, K) float8_e4m3fn", (tuple(v.shape), v.dtype))
+    _check_rows_of_codes("values_packed", "v", v)
 
 
 def check_values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> None:

@@ -41,6 +41,12 @@ _qkv_moments = define(
     ),
     triton("qkv_codes", "qkv_moments"),
 )
+_moments_of_sums = define(
+    "moments_of_sums(Tensor sums, Tensor ends, Tensor q_gain, Tensor k_gain, int tokens) -> (Tensor, Tensor, Tensor, Tensor)",
+    operands.check_moments_of_sums,
+    lambda sums, *rest: (*(_fp32(sums, *sums.shape[2:]) for _ in range(3)), _fp32(sums, 3)),
+    triton("qkv_codes", "moments_of_sums", (torch.float64,)),
+)
 _qkv_sums = define(
     "qkv_sums(Tensor qkv, Tensor k_gain, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
     operands.check_qkv_sums,
@@ -59,6 +65,12 @@ _qkv_codes = define(
     ),
     triton("qkv_codes", "qkv_codes", capability=ADA_UP),
 )
+_values_packed = define(
+    "values_packed(Tensor v) -> Tensor",
+    operands.check_values_packed,
+    lambda v: v.new_empty((*v.shape[1:], -(-v.shape[0] // 16) * 16)),
+    triton("attention8", "values_packed", E4M3, ADA_UP),
+)
 _values_restored = define(
     "values_restored(Tensor x, Tensor v_step, Tensor v_mean) -> Tensor",
     operands.check_values_restored,
@@ -75,7 +87,10 @@ def _over_codes(load: Callable[[], attention8.Attend8]) -> Callable[[], Callable
 
         def call(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
             rows = v if v.shape == k.shape else reference.unpacked(v, k.shape[0])
-            return _values_restored(attend(q, k, rows, score_step, out), v_step, v_mean)
+            # A library may keep a plan per shape, made for rows that do not lie apart.
+            return _values_restored(
+                attend(q.contiguous(), k.contiguous(), rows, score_step, out), v_step, v_mean
+            )
 
         return call
 
@@ -126,8 +141,8 @@ def wants_packed(device: torch.device) -> bool:
 class Codes:
     """Operands of `attention_fp8`: e4m3 codes and their steps; a value is step * code, plus the mean for v.
 
-    Shapes: q, k, v (L, N, K), k and v less their means, or v packed (N, K, L up to 16); score_step (1,), v_step and
-    v_mean (N, K), fp32.
+    Shapes: q, k, v (L, N, K), k and v less their means, or v packed (N, K, L up to 16); rows of q and k may lie apart, on
+    multiples of 16 bytes; score_step (1,), v_step and v_mean (N, K), fp32.
     """
 
     q: Tensor
@@ -150,19 +165,21 @@ def qkv_moments(qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: T
 
 
 def pooled_moments(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, gather: Callable[[Tensor], list[Tensor]]
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, tokens: int,
+    gather: Callable[[Tensor], list[Tensor]],
 ) -> Moments:  # fmt: skip
-    """`qkv_moments` of the tokens of all ranks, of which these are one's; gather: a tensor of every rank, 64 KiB at 2048 features.
+    """`qkv_moments` of all `tokens` of several ranks, of which these are one's; gather: a tensor of every rank.
 
     The bits of one rank's: sums are in fp64, where those of 16-bit values are exact (53 digits hold 2^17 values of 8 that
-    lie within 28 powers of two; what a smaller one loses is far behind the last digit of fp32).
+    lie within 28 powers of two; what a smaller one loses is far behind the last digit of fp32). 48 bytes a channel travel.
     """
     sums, ends = _qkv_sums(qkv, k_gain, cos, sin, EPS)
-    mine = torch.cat((sums.new_full((1,), len(qkv)), sums.flatten(), ends.double().flatten()))
-    count, *parts = torch.stack(gather(mine)).split([1, sums.numel(), ends[0].numel(), ends[1].numel()], 1)
-    sums = parts[0].sum(0).view_as(sums)
-    ends = torch.stack((parts[1].amin(0), parts[2].amax(0))).float().view_as(ends)
-    return reference.moments(sums, ends, count.sum(), q_gain, k_gain)
+    mine = [x.flatten().view(torch.uint8) for x in (sums, ends)]
+    all_sums, all_ends = torch.stack(gather(torch.cat(mine))).split([len(x) for x in mine], 1)
+    return _moments_of_sums(
+        all_sums.contiguous().view(sums.dtype).view(-1, *sums.shape),
+        all_ends.contiguous().view(ends.dtype).view(-1, *ends.shape), q_gain, k_gain, tokens,
+    )  # fmt: skip
 
 
 def qkv_codes(
@@ -178,6 +195,11 @@ def qkv_codes(
     k_mean, v_mean, v_step, steps = moments or qkv_moments(qkv, q_gain, k_gain, cos, sin)
     q, k, v = _qkv_codes(qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, EPS)
     return Codes(q, k, v, steps[2:], v_step, v_mean)
+
+
+def values_packed(v: Tensor) -> Tensor:
+    """Codes of v (S, N, K), whose rows may lie apart, as `qkv_codes` packs them: (N, K, S up to 16)."""
+    return _values_packed(v)
 
 
 def attention_fp8(codes: Codes, out: torch.dtype = torch.bfloat16) -> Tensor:

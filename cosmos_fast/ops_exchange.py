@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import operands
 from .dispatch import Candidate, define, triton
 from .formats import cuts
 from .ops import EPS, qk_norm_rope
+from .ops_attention8 import ADA_UP, E4M3, Moments, qkv_codes
+
+
+def _copied(three: tuple[Tensor, ...], columns: int, parts: int) -> Tensor:
+    """q, k and v (L, N, K), each copied to its place in what travels."""
+    L, N, K = three[0].shape
+    packed = three[0].new_empty(L * 3 * N * K)
+    for part, to in zip(cuts(N // columns, parts), split(packed, (L, N, K), columns, parts), strict=True):
+        for i, x in enumerate(three):
+            to[:, :, i].copy_(x.unflatten(1, (columns, -1))[:, :, part].transpose(0, 1))
+    return packed
 
 
 def _normed_then_copied(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int, eps: float
 ) -> Tensor:  # fmt: skip
     """q, k and v by the op that makes them for one rank, then a copy of each to its place."""
-    three = qk_norm_rope(qkv, q_gain, k_gain, cos, sin)
-    packed = torch.empty_like(qkv).view(-1)
-    for part, to in zip(
-        cuts(three[0].shape[1] // columns, parts), split(packed, three[0].shape, columns, parts)
-    ):
-        for i, x in enumerate(three):
-            to[:, :, i].copy_(x.unflatten(1, (columns, -1))[:, :, part].transpose(0, 1))
-    return packed
+    return _copied(qk_norm_rope(qkv, q_gain, k_gain, cos, sin), columns, parts)
+
+
+def _coded_then_copied(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """The same of codes."""
+    codes = qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=rotate, moments=(k_mean, v_mean, v_step, steps))
+    return _copied((codes.q, codes.k, codes.v), columns, parts)
 
 
 _qkv_packed = define(
@@ -31,6 +43,14 @@ _qkv_packed = define(
     lambda qkv, *rest: qkv.new_empty(qkv.numel()),
     triton("norm_rope", "qkv_packed"),
     Candidate("composed", lambda: _normed_then_copied),
+)
+_codes_packed = define(
+    "codes_packed(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, "
+    "Tensor v_step, Tensor steps, bool rotate, int columns, int parts, float eps) -> Tensor",
+    operands.check_codes_packed,
+    lambda qkv, *rest: qkv.new_empty(qkv.numel(), dtype=E4M3[0]),
+    triton("qkv_codes", "codes_packed", capability=ADA_UP),
+    Candidate("composed", lambda: _coded_then_copied),
 )
 
 
@@ -42,6 +62,16 @@ def qkv_packed(
     Shapes as there. columns: ranks that take N / columns heads each; parts: in how many `cuts` of those heads they travel.
     """
     packed = _qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, EPS)
+    L, K = qkv.shape[0], q_gain.shape[0]
+    return split(packed, (L, qkv.shape[1] // (3 * K), K), columns, parts)
+
+
+def codes_packed(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, moments: Moments, columns: int, parts: int,
+    *, rotate: bool = True,
+) -> list[Tensor]:  # fmt: skip
+    """`ops_attention8.qkv_codes` of moments of all tokens, in that order: e4m3, half the bytes of 16-bit values."""
+    packed = _codes_packed(qkv, q_gain, k_gain, cos, sin, *moments, rotate, columns, parts, EPS)
     L, K = qkv.shape[0], q_gain.shape[0]
     return split(packed, (L, qkv.shape[1] // (3 * K), K), columns, parts)
 

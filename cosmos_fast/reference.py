@@ -16,6 +16,7 @@ from torch import Tensor
 from .formats import cuts
 from .packing import PACK as PACK
 from .packing import TILE_KEYS, TILE_QUERIES, packed, unpacked
+from .packing import packed as values_packed  # noqa: F401
 from .reference_vae import conv3d as conv3d
 from .reference_vae import conv3d_fp8 as conv3d_fp8
 from .reference_vae import conv_double as conv_double
@@ -117,7 +118,11 @@ def qkv_packed(
 ) -> Tensor:  # fmt: skip
     """q, k and v as they travel between ranks: for each part of a column's heads its (columns, L, 3, heads, K)."""
     q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
-    x = torch.stack((q, k, qkv.chunk(3, -1)[2].view_as(q)), 1).unflatten(2, (columns, -1))
+    return _travelling(q, k, qkv.chunk(3, -1)[2].view_as(q), columns, parts)
+
+
+def _travelling(q: Tensor, k: Tensor, v: Tensor, columns: int, parts: int) -> Tensor:
+    x = torch.stack((q, k, v), 1).unflatten(2, (columns, -1))
     pieces = [x[:, :, :, cut].permute(2, 0, 1, 3, 4) for cut in cuts(x.shape[3], parts)]
     return torch.cat([piece.reshape(-1) for piece in pieces])
 
@@ -200,7 +205,7 @@ def qkv_moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Over all tokens: mean of rotated k, `centred` mean of v, step of each channel of v (N, K); steps of q, k, a score (3,)."""
     sums, ends = qkv_sums(qkv, k_gain, cos, sin, eps)
-    return moments(sums, ends if len(qkv) else torch.zeros_like(ends), max(len(qkv), 1), q_gain, k_gain)
+    return moments_of_sums(sums[None], ends[None], q_gain, k_gain, len(qkv))
 
 
 def qkv_sums(qkv: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -212,13 +217,14 @@ def qkv_sums(qkv: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float) 
     return torch.stack((k.double().sum(0), v.double().sum(0))), torch.stack(ends)
 
 
-def moments(
-    sums: Tensor, ends: Tensor, count: int | Tensor, q_gain: Tensor, k_gain: Tensor
+def moments_of_sums(
+    sums: Tensor, ends: Tensor, q_gain: Tensor, k_gain: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`qkv_moments` from `qkv_sums` of `count` tokens."""
-    (k_mean, v_mean), K = (sums / count).float(), k_gain.shape[0]
-    v_mean = centred(v_mean, ends.abs().amax(0))
-    peak = torch.maximum(ends[1] - v_mean, v_mean - ends[0])
+    """`qkv_moments` from `qkv_sums` of parts of the tokens (parts, 2, N, K)."""
+    (k_mean, v_mean), K = (sums.sum(0) / max(tokens, 1)).float(), k_gain.shape[0]
+    least, most = (ends[:, 0].amin(0), ends[:, 1].amax(0)) if tokens else 2 * (torch.zeros_like(v_mean),)
+    v_mean = centred(v_mean, torch.maximum(least.abs(), most.abs()))
+    peak = torch.maximum(most - v_mean, v_mean - least)
     # Normed to sqrt(K), scaled by the gain, rotated: no entry is larger than q_most; k less its mean, than twice k_most.
     q_most, k_most = (K**0.5 * gain.float().abs().amax() for gain in (q_gain, k_gain))
     q_step, k_step, v_step = (power_of_two(most / E4M3_MAX) for most in (q_most, 2 * k_most, peak))
@@ -242,19 +248,9 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def qkv_codes(
-    qkv: Tensor,
-    q_gain: Tensor,
-    k_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_mean: Tensor,
-    v_mean: Tensor,
-    v_step: Tensor,
-    steps: Tensor,
-    rotate: bool,
-    pack: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, pack: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """e4m3 (L, N, K) of q, of k less its mean, both times a Hadamard matrix if `rotate`, and of v less its mean, `packed` if so."""
     q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
     k = (k.float() - k_mean).to(qkv.dtype)
@@ -262,6 +258,15 @@ def qkv_codes(
         q, k = (x.float() @ hadamard(x.shape[-1]).to(x.float()) for x in (q, k))
     v = _codes(qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float() - v_mean, v_step)
     return _codes(q.float(), steps[0]), _codes(k.float(), steps[1]), packed(v) if pack else v
+
+
+def codes_packed(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """`qkv_codes`, v as it is, in the order of `qkv_packed`."""
+    given = qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps
+    return _travelling(*qkv_codes(*given, rotate, False, eps), columns, parts)
 
 
 def _codes(x: Tensor, step: Tensor) -> Tensor:

@@ -11,20 +11,28 @@ namespace {
 
 constexpr const char* kOp = "attention8";
 
-void check_on(const Tensor& x, const Tensor& q, const char* what, int alignment = 16) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index() && x.is_contiguous() &&
+// rows: the first axis may step by any multiple of 16 elements.
+void check_on(const Tensor& x, const Tensor& q, const char* what, int alignment = 16, bool rows = false) {
+  const bool apart =
+      rows && x.numel() > 0 && x.stride(2) == 1 && x.stride(1) == x.size(2) && x.stride(0) % 16 == 0;
+  const bool dense = x.is_contiguous() || apart;
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index() && dense &&
                       reinterpret_cast<uintptr_t>(x.data_ptr()) % alignment == 0,
-                  kOp, ": ", what, " must be contiguous on q's device and start on ", alignment,
-                  " bytes, got ", x.is_contiguous() ? "another device or a view" : "strides",
-                  ". Call .clone().");
+                  kOp, ": ", what, rows ? " must have dense heads" : " must be contiguous",
+                  " on q's device and start on ", alignment, " bytes, got ",
+                  dense ? "another device or a view" : "strides", ". Call .clone().");
 }
 
-const void* codes_of(const Tensor& x, const Tensor& q, const char* what, std::array<int64_t, 3> shape) {
+// Elements from token to token. A single one may come with any stride, which nothing may rely on.
+int64_t row_of(const Tensor& x) { return x.is_contiguous() ? x.size(1) * x.size(2) : x.stride(0); }
+
+const void* codes_of(const Tensor& x, const Tensor& q, const char* what, std::array<int64_t, 3> shape,
+                     bool rows = false) {
   bool fits = x.dim() == 3 && x.scalar_type() == ScalarType::Float8_e4m3fn;
   for (int i = 0; fits && i < 3; ++i) fits = x.size(i) == shape[i];
   STD_TORCH_CHECK(fits, kOp, ": ", what, " must be float8_e4m3fn (", shape[0], ", ", shape[1], ", ", shape[2],
                   "), got ", x.dim(), " dimensions and ", x.numel(), " elements.");
-  check_on(x, q, what);
+  check_on(x, q, what, 16, rows);
   return x.data_ptr();
 }
 
@@ -69,8 +77,8 @@ std::tuple<Tensor, Tensor> attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor 
   Attention8Version version{};
   const int number = version_of(key_tiles.has_value(), version);
   Attention8Args args{};
-  args.q = codes_of(q, q, "q", {L, N, kAttention8Width});
-  args.k = codes_of(k, q, "k", {S, N, kAttention8Width});
+  args.q = codes_of(q, q, "q", {L, N, kAttention8Width}, true);
+  args.k = codes_of(k, q, "k", {S, N, kAttention8Width}, true);
   args.v = codes_of(v, q, "v", {N, kAttention8Width, columns});
   // One value read alone, and the last of three that a kernel makes (ops_attention8.qkv_codes).
   args.q_scale = floats_of(score_step, q, "score_step", 1, sizeof(float));
@@ -90,7 +98,9 @@ std::tuple<Tensor, Tensor> attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor 
   args.num_queries = L;
   args.num_keys = S;
   args.num_heads = static_cast<int>(N);
-  args.q_row = args.k_row = args.out_row = N * kAttention8Width;
+  args.q_row = row_of(q);
+  args.k_row = row_of(k);
+  args.out_row = N * kAttention8Width;
   args.q_head = args.k_head = args.out_head = kAttention8Width;
   args.v_row = columns;
   args.softmax_scale = 1.0f;

@@ -102,7 +102,7 @@ def _qk_norm_rope_kernel(
 
 
 @triton.jit
-def _travels_from(
+def travels_from(
     which, head, token, L, K: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
 ):
     """Where q, k or v (which) of a head begins in (columns, L, 3, heads, K), the parts of HEADS heads of a column in a row."""
@@ -135,11 +135,11 @@ def _qkv_packed_kernel(
     v_high = tl.load(v + HALF, keep, 0.0, eviction_policy="evict_first")
     c = tl.load(cos + row * cos_stride + spread, keep, 0.0)
     s = tl.load(sin + row * sin_stride + spread, keep, 0.0)
-    to = _travels_from(0, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
+    to = travels_from(0, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
     _norm_rotate(q_low, q_high, q_gain, out, to, spread, keep, c, s, eps, K, HALF)
-    to = _travels_from(1, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
+    to = travels_from(1, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
     _norm_rotate(k_low, k_high, k_gain, out, to, spread, keep, c, s, eps, K, HALF)
-    to = _travels_from(2, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
+    to = travels_from(2, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
     tl.store(out + to, v_low, keep)
     tl.store(out + to + HALF, v_high, keep)
 

@@ -1,9 +1,11 @@
-"""8-bit operands of self-attention from the packed projection: `qkv_moments`, `qkv_sums`, `qkv_codes`, `values_restored`.
+"""8-bit operands of self-attention from the packed projection: `qkv_moments`, `qkv_codes`, and more.
 
     qkv_moments      means of rotated k and of v over all tokens, the step of each channel of v, the steps of q and k
     qkv_sums         what ranks add up to get them: sums of rotated k and of v, least and largest v of each channel
+    moments_of_sums  qkv_moments from the qkv_sums of all ranks, by the same arithmetic
     qkv_codes        q, k: norm, rotary positions, rounded; k less its mean; a Hadamard rotation of both; codes = x / step
                      v: codes = (v - v_mean) / v_step, as they are or packed for tensor cores
+    codes_packed     the same codes, each head where the exchange between ranks sends it from; v as it is
     values_restored  y = x * v_step + v_mean, what attention made of codes of v turned into what it makes of v
 
 Shapes: qkv (L, 3*N*K) contiguous; gains (K,); cos, sin (L, K/2) fp32; means and v_step (N, K) fp32; steps (3,) fp32: of
@@ -26,8 +28,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from cosmos_fast.kernels.attention8 import token_at
 from cosmos_fast.kernels.launch import Config, on_device_of
-from cosmos_fast.kernels.norm_rope import normed_rotated
+from cosmos_fast.kernels.norm_rope import normed_rotated, travels_from
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -55,7 +58,7 @@ def _power_of_two(x):
 
 @triton.jit
 def _moments_kernel(
-    qkv, k_gain, cos, sin, sums, ends, L, cos_stride, sin_stride, part_stride, eps,
+    qkv, k_gain, cos, sin, sums, ends, L, cos_stride, sin_stride, eps,
     N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = K // 2
@@ -63,7 +66,8 @@ def _moments_kernel(
     heads, cols = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
     keep, at, spread = (heads < N) & (cols < HALF), heads * K + cols, heads * 0 + cols
     none = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float32)
-    k_low = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float64)  # fp64 adds 16-bit values without an error, in any order
+    # fp64 adds 16-bit values without an error, so in any order.
+    k_low = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float64)
     k_high, low_sum, high_sum = k_low, k_low, k_low
     low_min, high_min = none + float("inf"), none + float("inf")
     low_max, high_max = none - float("inf"), none - float("inf")
@@ -83,20 +87,20 @@ def _moments_kernel(
         high_sum += v_high.to(tl.float64)
         low_min, high_min = tl.minimum(low_min, v_low), tl.minimum(high_min, v_high)
         low_max, high_max = tl.maximum(low_max, v_low), tl.maximum(high_max, v_high)
-    to = sums + chunk * (N * K) + at
+    to = sums + chunk * (2 * N * K) + at
     tl.store(to, k_low, keep)
     tl.store(to + HALF, k_high, keep)
-    tl.store(to + part_stride, low_sum, keep)
-    tl.store(to + part_stride + HALF, high_sum, keep)
-    to = ends + chunk * (N * K) + at
+    tl.store(to + N * K, low_sum, keep)
+    tl.store(to + N * K + HALF, high_sum, keep)
+    to = ends + chunk * (2 * N * K) + at
     tl.store(to, low_min, keep)
     tl.store(to + HALF, high_min, keep)
-    tl.store(to + part_stride, low_max, keep)
-    tl.store(to + part_stride + HALF, high_max, keep)
+    tl.store(to + N * K, low_max, keep)
+    tl.store(to + N * K + HALF, high_max, keep)
 
 
 @triton.jit
-def _of_chunks(sums, ends, cols, chunks, part_stride, NK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _of_chunks(sums, ends, cols, chunks, NK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """(1, BLOCK) sum of k, of v, least v, largest v over all chunks."""
     rows = tl.arange(0, ROWS)[:, None]
     keys = tl.zeros((ROWS, BLOCK), tl.float64)
@@ -104,21 +108,21 @@ def _of_chunks(sums, ends, cols, chunks, part_stride, NK: tl.constexpr, ROWS: tl
     least, most = none + float("inf"), none - float("inf")
     for first in range(0, chunks, ROWS):
         keep = (first + rows < chunks) & (cols < NK)
-        at = (first + rows).to(tl.int64) * NK + cols
+        at = (first + rows).to(tl.int64) * (2 * NK) + cols
         keys += tl.load(sums + at, keep, 0.0)
-        values += tl.load(sums + at + part_stride, keep, 0.0)
+        values += tl.load(sums + at + NK, keep, 0.0)
         least = tl.minimum(least, tl.load(ends + at, keep, float("inf")))
-        most = tl.maximum(most, tl.load(ends + at + part_stride, keep, -float("inf")))
+        most = tl.maximum(most, tl.load(ends + at + NK, keep, -float("inf")))
     keys, values = tl.sum(keys, 0, keep_dims=True), tl.sum(values, 0, keep_dims=True)
     return keys, values, tl.min(least, 0, keep_dims=True), tl.max(most, 0, keep_dims=True)
 
 
 @triton.jit
 def _sums_finish_kernel(
-    sums, ends, sums_out, ends_out, chunks, part_stride, NK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    sums, ends, sums_out, ends_out, chunks, NK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    keys, values, low, high = _of_chunks(sums, ends, cols, chunks, part_stride, NK, ROWS, BLOCK)
+    keys, values, low, high = _of_chunks(sums, ends, cols, chunks, NK, ROWS, BLOCK)
     tl.store(sums_out + cols, keys, cols < NK)
     tl.store(sums_out + NK + cols, values, cols < NK)
     tl.store(ends_out + cols, low, cols < NK)
@@ -127,11 +131,11 @@ def _sums_finish_kernel(
 
 @triton.jit
 def _moments_finish_kernel(
-    sums, ends, q_gain, k_gain, k_mean, v_mean, v_step, steps, L, chunks, part_stride, root,
+    sums, ends, q_gain, k_gain, k_mean, v_mean, v_step, steps, L, chunks, root,
     NK: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    keys, values, low, high = _of_chunks(sums, ends, cols, chunks, part_stride, NK, ROWS, BLOCK)
+    keys, values, low, high = _of_chunks(sums, ends, cols, chunks, NK, ROWS, BLOCK)
     keep, to = cols < NK, cols
     count = tl.maximum(L, 1).to(tl.float64)
     # Exact divisions: many a mean and peak is a round number, which a last bit would move past a power of two.
@@ -167,10 +171,22 @@ def _hadamard(low, high, root, HALF: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _begins(
+    which, head, token, L, N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Where q, k or v (which) of a head begins: in its own (L, N, K), or with COLUMNS where ranks send it from."""
+    if COLUMNS > 0:
+        place = travels_from(which, head, token, L, K, HEADS, COLUMNS, PARTS)
+    else:
+        place = (token * N + head) * K
+    return place
+
+
+@triton.jit
 def _qk_codes_kernel(
     qkv, q_gain, k_gain, cos, sin, k_mean, steps, q_out, k_out, L, cos_stride, sin_stride, root, eps,
     N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    ROTATE: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = K // 2
     rows, cols = tl.arange(0, TOKENS * BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
@@ -194,9 +210,10 @@ def _qk_codes_kernel(
         q_low, q_high = _hadamard(q_low, q_high, root, HALF, PRECISION)
         k_low, k_high = _hadamard(k_low, k_high, root, HALF, PRECISION)
     q_unit, k_unit = tl.load(steps), tl.load(steps + 1)
-    to = token * (N * K) + at
+    to = _begins(0, heads, token, L, N, K, HEADS, COLUMNS, PARTS) + cols
     _store_codes(q_out + to, q_low.to(tl.float32) / q_unit, keep)
     _store_codes(q_out + to + HALF, q_high.to(tl.float32) / q_unit, keep)
+    to = _begins(1, heads, token, L, N, K, HEADS, COLUMNS, PARTS) + cols
     _store_codes(k_out + to, k_low.to(tl.float32) / k_unit, keep)
     _store_codes(k_out + to + HALF, k_high.to(tl.float32) / k_unit, keep)
 
@@ -204,13 +221,13 @@ def _qk_codes_kernel(
 @triton.jit
 def _v_codes_kernel(
     qkv, v_mean, v_step, out, L, padded, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACK: tl.constexpr,
+    PACK: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     head, cols = tl.program_id(1), tl.arange(0, BLOCK_K)[None, :]
     place = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     token = place
-    if PACK:  # of each 16 tokens, place 2 takes token 8, place 4 token 2, place 8 token 4
-        token = place - place % 16 + place % 2 + place // 2 % 2 * 8 + place // 4 % 2 * 2 + place // 8 % 2 * 4
+    if PACK:
+        token = token_at(place)
     keep, at = (token < L) & (cols < K), head * K + cols
     x = tl.load(qkv + token * (3 * N * K) + 2 * N * K + at, keep, 0.0, eviction_policy="evict_first")
     mean, step = tl.load(v_mean + at, cols < K, 0.0), tl.load(v_step + at, cols < K, 1.0)
@@ -220,7 +237,7 @@ def _v_codes_kernel(
         to = out + (head * K + down).to(tl.int64) * padded + across
         _store_codes(to, tl.trans(value), (across < padded) & (down < K))
     else:
-        _store_codes(out + token * (N * K) + at, value, keep)
+        _store_codes(out + _begins(2, head, token, L, N, K, HEADS, COLUMNS, PARTS) + cols, value, keep)
 
 
 @triton.jit
@@ -245,15 +262,15 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def _chunks(
     qkv: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Of each chunk of tokens: sums of k and v (2, chunks, N, K) fp64, least and largest v (2, chunks, N, K) fp32."""
+    """Of each chunk of tokens: sums of k and v (chunks, 2, N, K) fp64, least and largest v (chunks, 2, N, K) fp32."""
     L, N, K = _sizes(qkv, k_gain)
     cos, sin = _tables(cos, sin)
     chunks = triton.cdiv(L, config.block)
-    sums = qkv.new_empty(2, chunks, N, K, dtype=torch.float64)
-    ends = qkv.new_empty(2, chunks, N, K, dtype=torch.float32)
+    sums = qkv.new_empty(chunks, 2, N, K, dtype=torch.float64)
+    ends = qkv.new_empty(chunks, 2, N, K, dtype=torch.float32)
     if chunks:
         _moments_kernel[(chunks,)](
-            qkv, k_gain.contiguous(), cos, sin, sums, ends, L, cos.stride(0), sin.stride(0), chunks * N * K, eps,
+            qkv, k_gain.contiguous(), cos, sin, sums, ends, L, cos.stride(0), sin.stride(0), eps,
             N=N, K=K, CHUNK=config.block, BLOCK_N=triton.next_power_of_2(N),
             BLOCK_HALF=triton.next_power_of_2(K // 2), num_warps=config.warps,
         )  # fmt: skip
@@ -264,14 +281,22 @@ def qkv_moments(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float, *, config: Config = MOMENTS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """k_mean, v_mean, v_step (N, K) and steps (3,), fp32. config.block: tokens that one program sums."""
-    L, N, K = _sizes(qkv, q_gain)
-    k_mean, v_mean, v_step = (qkv.new_empty(N, K, dtype=torch.float32) for _ in range(3))
-    steps = qkv.new_empty(3, dtype=torch.float32)
     with on_device_of(qkv):
         sums, ends = _chunks(qkv, k_gain, cos, sin, eps, config)
+    return moments_of_sums(sums, ends, q_gain, k_gain, qkv.shape[0])
+
+
+def moments_of_sums(
+    sums: Tensor, ends: Tensor, q_gain: Tensor, k_gain: Tensor, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k_mean, v_mean, v_step (N, K) and steps (3,), fp32, from (parts, 2, N, K) of the parts of so many tokens."""
+    parts, _, N, K = sums.shape
+    k_mean, v_mean, v_step = (ends.new_empty(N, K) for _ in range(3))
+    steps = ends.new_empty(3)
+    with on_device_of(sums):
         _moments_finish_kernel[(triton.cdiv(N * K, 32),)](
-            sums, ends, q_gain.contiguous(), k_gain.contiguous(), k_mean, v_mean, v_step, steps, L, sums.shape[1],
-            sums[0].numel(), K**0.5, NK=N * K, K=K, ROWS=64, BLOCK=32, BLOCK_K=triton.next_power_of_2(K), num_warps=4,
+            sums, ends, q_gain.contiguous(), k_gain.contiguous(), k_mean, v_mean, v_step, steps, tokens, parts, K**0.5,
+            NK=N * K, K=K, ROWS=64, BLOCK=32, BLOCK_K=triton.next_power_of_2(K), num_warps=4,
         )  # fmt: skip
     return k_mean, v_mean, v_step, steps
 
@@ -285,7 +310,7 @@ def qkv_sums(
     with on_device_of(qkv):
         sums, ends = _chunks(qkv, k_gain, cos, sin, eps, config)
         _sums_finish_kernel[(triton.cdiv(N * K, 32),)](
-            sums, ends, *found, sums.shape[1], sums[0].numel(), NK=N * K, ROWS=64, BLOCK=32, num_warps=4
+            sums, ends, *found, sums.shape[0], NK=N * K, ROWS=64, BLOCK=32, num_warps=4
         )
     return found
 
@@ -297,12 +322,38 @@ def qkv_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """e4m3 codes of q, k and v, (L, N, K), or v (N, K, L up to 16). config.block: tokens of one program."""
     L, N, K = _sizes(qkv, q_gain)
+    rows, packed = (L, N, K), (N, K, triton.cdiv(L, 16) * 16)
+    outs = tuple(qkv.new_empty(shape, dtype=E4M3) for shape in (rows, rows, packed if pack else rows))
+    given = qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps
+    _write_codes(*given, outs, 0, 0, config, v_config)
+    return outs  # type: ignore[return-value]
+
+
+def codes_packed(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float, *,
+    config: Config | None = None, v_config: Config = VALUES,
+) -> Tensor:  # fmt: skip
+    """The same codes where ranks send them from, in the order of `norm_rope.qkv_packed`: (L*3*N*K,) e4m3."""
+    out = qkv.new_empty(qkv.numel(), dtype=E4M3)
+    given = qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, False, eps
+    _write_codes(*given, (out, out, out), columns, parts, config, v_config)
+    return out
+
+
+def _write_codes(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, pack: bool, eps: float, outs: tuple[Tensor, ...], columns: int,
+    parts: int, config: Config | None, v_config: Config,
+) -> None:  # fmt: skip
+    """Codes of q, k and v into `outs`; columns, parts: those of what travels, 0 where nothing does."""
+    L, N, K = _sizes(qkv, q_gain)
+    if qkv.numel() == 0:
+        return
+    q, k, v = outs
     cos, sin = _tables(cos, sin)
-    padded = triton.cdiv(L, 16) * 16
-    rows, packed = (L, N, K), (N, K, padded)
-    q, k, v = (qkv.new_empty(shape, dtype=E4M3) for shape in (rows, rows, packed if pack else rows))
-    if q.numel() == 0:
-        return q, k, v
+    heads = N // max(columns, 1)
+    sent = {"HEADS": heads, "COLUMNS": columns, "PARTS": min(parts, heads)}
     config = config or (ROTATED if rotate else CODES)
     BLOCK_N = triton.next_power_of_2(N)
     tokens = max(config.block, 16 // BLOCK_N) if rotate else config.block  # a product has 16 rows at least
@@ -311,13 +362,12 @@ def qkv_codes(
             qkv, q_gain.contiguous(), k_gain.contiguous(), cos, sin, k_mean, steps, q, k, L, cos.stride(0),
             sin.stride(0), K**0.5, eps, N=N, K=K, TOKENS=tokens, BLOCK_N=BLOCK_N,
             BLOCK_HALF=triton.next_power_of_2(K // 2), ROTATE=rotate,
-            PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", num_warps=config.warps,
+            PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", **sent, num_warps=config.warps,
         )  # fmt: skip
         _v_codes_kernel[(triton.cdiv(L, v_config.block), N)](
-            qkv, v_mean, v_step, v, L, padded, N=N, K=K, TOKENS=v_config.block, BLOCK_K=triton.next_power_of_2(K),
-            PACK=pack, num_warps=v_config.warps,
+            qkv, v_mean, v_step, v, L, triton.cdiv(L, 16) * 16, N=N, K=K, TOKENS=v_config.block,
+            BLOCK_K=triton.next_power_of_2(K), PACK=pack, **sent, num_warps=v_config.warps,
         )  # fmt: skip
-    return q, k, v
 
 
 def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor, *, config: Config = RESTORED) -> Tensor:

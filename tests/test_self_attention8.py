@@ -82,8 +82,8 @@ def spread(given: tuple[Tensor, ...], sizes: list[int]) -> list[ops_attention8.M
     parts = [(x, q_gain, k_gain, *pair) for x, *pair in zip(*(t.split(sizes) for t in (qkv, *angles)))]
     sent: list[Tensor] = []
     for part in parts:
-        ops_attention8.pooled_moments(*part, lambda mine: sent.append(mine) or [mine])
-    return [ops_attention8.pooled_moments(*part, lambda mine: sent) for part in parts]
+        ops_attention8.pooled_moments(*part, len(qkv), lambda mine: sent.append(mine) or [mine])
+    return [ops_attention8.pooled_moments(*part, len(qkv), lambda mine: sent) for part in parts]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -44,7 +44,7 @@ def calls(
     own, here = shard.split(qkv).contiguous(), (shard.split(cos), shard.split(sin))
     one = partial(exact, qkv, *table, 0)
     yield "one", one, None
-    yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, group), None
+    yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, shard), None
     for name, pack in packs(qkv).items():
         yield f"packed, {name}", partial(pack, own, q_gain, k_gain, *here, group.size, 2, EPS), None
     for way, ranks in (("", group), ("copies, ", by_copies)):
