@@ -1,7 +1,8 @@
 """The command line: parse, call, print. Results on stdout, everything else on stderr.
 
 Exit codes: 0 all clips done (or already done), 1 some clips failed, 2 bad usage or invalid specs and nothing
-started, 3 the environment must change first, 130 or 143 interrupted with the state resumable.
+started, 3 the environment must change first, 4 guardrails refused every clip, 130 or 143 interrupted with the state
+resumable.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
 
 def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> None:
     from .guards import StopFlag, Stopped
-    from .outputs import OutputFolder
+    from .outputs import ALL_REFUSED, OutputFolder
     from .progress import Progress
     from .recipe import Plan, Recipe
     from .sidecar import environment
@@ -166,7 +167,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
         made = [clip for clip in batch.clips if outcome.status[clip.name][0] in ("done", "skipped")]
         for clip in made:
             click.echo(folder.clip(clip.name).media(clip.frames))
-        sys.exit(outcome.exit_code or int(some_invalid))
+        sys.exit(1 if some_invalid and outcome.exit_code in (0, ALL_REFUSED) else outcome.exit_code)
     from .engine import Engine
     from .models import locate, locate_vae
     from .report import gpu_record
@@ -217,7 +218,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
             sys.exit(team.close(stopped.exit_code))
     for name in (*summary.skipped, *summary.done):
         click.echo(folder.clip(name).media(next(c.frames for c in batch.clips if c.name == name)))
-    sys.exit(team.close(1 if summary.failed or some_invalid else 0))
+    sys.exit(team.close(1 if some_invalid else summary.exit_code))
 
 
 @main.command()

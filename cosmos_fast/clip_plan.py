@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from . import costs
 from .chunking import Chunk
 from .spec import Spec
 from .video import Probe
+
+_FILES = ("video_path", "image_context_path", "guided_generation_mask")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class ClipPlan:
     def peak(self) -> tuple[str, int]:
         """(stage, estimated bytes) where the clip needs most memory."""
         return max(((s, b) for s, b in self.memory.items() if s != "weights"), key=lambda item: item[1])
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """Every media file the request names, by its key: "video_path", "edge.mask_path", ..."""
+        named = {key: getattr(self.spec, key) for key in _FILES}
+        for name, control in self.spec.controls.items():
+            named |= {f"{name}.control_path": control.control_path, f"{name}.mask_path": control.mask_path}
+        return {key: path for key, path in named.items() if path is not None}
 
     @property
     def masks_in_words(self) -> dict[str, str]:

@@ -26,7 +26,7 @@ from .clip_plan import ClipPlan
 from .formats import CosmosFastError
 from .guards import Claim, StopFlag
 from .layout import Layout
-from .outputs import OutputFolder
+from .outputs import OutputFolder, exit_code
 from .team_store import Pulse, put, text
 
 COMMAND = (sys.executable, "-m", "cosmos_fast.cli")
@@ -222,9 +222,9 @@ class Supervisor:
 
     def _collect(self) -> None:
         self.outcome.status = {clip.name: self._status(clip.name) for clip in self.clips}
-        kept = {"done", "skipped", "elsewhere"}
-        if self.outcome.exit_code == 0 and any(s not in kept for s, _ in self.outcome.status.values()):
-            self.outcome.exit_code = 1
+        self.outcome.exit_code = self.outcome.exit_code or exit_code(
+            s for s, _ in self.outcome.status.values()
+        )
 
 
 def _ending(rank: int, ranks: int, code: int) -> str:

@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,9 @@ _SUFFIXES = (
     *(f"_{kind}_{key}" for kind in ("control", "mask") for key in CONTROLS),
     "_mask_guided_generation",
 )
+
+ALL_REFUSED = 4
+"""Exit code of a batch of which guardrails refused every clip."""
 
 
 def name_problem(name: str) -> str | None:
@@ -59,6 +62,14 @@ def name_problems(names: Sequence[str]) -> list[str]:
         if key in taken
     ]
     return problems
+
+
+def exit_code(statuses: Iterable[str]) -> int:
+    """Of a batch by what became of its clips: 0 all are done or somebody else's, 4 all were refused, else 1."""
+    found = set(statuses)
+    if found <= {"done", "skipped", "elsewhere"}:
+        return 0
+    return ALL_REFUSED if found == {"refused"} else 1
 
 
 def _now() -> str:
@@ -265,11 +276,12 @@ class ClipOutputs:
     def redo_reason(
         self, spec_hash: str, *, recipe: Any = None, checkpoint: Any = None, version: str = __version__,
         text: Mapping[str, Any] | None = None, is_screened: bool = False,
-        made: Any = None,
+        made: Any = None, inputs: Mapping[str, str] | None = None,
     ) -> str | None:  # fmt: skip
         """Why the clip must be made (again), or None when it is done.
 
-        `recipe`, `checkpoint`, `made` and the keys of `text` are compared when given. The output file is hashed, so an edit is noticed.
+        `recipe`, `checkpoint`, `made`, `inputs` (SHA-256 by key) and the keys of `text` are compared when given. The output
+        file is hashed, so an edit is noticed.
         is_screened: guardrails are on, so a clip that was made without them is not done.
         """
         record = self.read_sidecar()
@@ -281,6 +293,7 @@ class ClipOutputs:
             ("recipe", recipe, record.get("recipe")),
             ("checkpoint", checkpoint, record.get("checkpoint")),
             ("maker of a control", made, record.get("made")),
+            ("input file", inputs, record.get("inputs")),
             ("text", text, text and {key: (record.get("text") or {}).get(key) for key in text}),
         ):
             if now is not None and now != then:

@@ -7,6 +7,7 @@ passed its checks and its sidecar is on disk; until then only part files exist.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from .guardrails import Guardrails, record_off
 from .guards import Claim, FrameChecks, StopFlag, Stopped
 from .makers import Makers, OnMade
 from .media_files import Media
-from .outputs import ClipOutputs, OutputFolder
+from .outputs import ClipOutputs, OutputFolder, exit_code, sha256
 from .sidecar import build_sidecar
 from .solo import Solo
 from .text import describe_encoder
@@ -44,12 +45,17 @@ MOST_WAITING = 8
 
 @dataclass
 class Summary:
-    """What became of every clip of a batch, by name. elsewhere: another process is making it."""
+    """What became of every clip of a batch, by name. elsewhere: another process is making it. failed and refused: why."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return exit_code(name for name, clips in vars(self).items() if clips)
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ def run_batch(
                     fault = error
             if fault is not None:
                 message, status = describe(fault), "refused" if isinstance(fault, Refused) else "failed"
-                summary.failed[clip.spec.name] = message
+                (summary.refused if status == "refused" else summary.failed)[clip.spec.name] = message
                 report(f"{clip.spec.name}: {status}: {message}")
                 with contextlib.suppress(OSError, EnvironmentProblem):
                     outputs.fail(message, status, spec_hash=clip.spec.hash())
@@ -171,7 +177,25 @@ def redo_reason(
     """Why a clip must be made (again), or None when it is done."""
     made = options.makers.identities(clip) if options.makers is not None else {}
     is_screened = options.guardrails is not None
-    return outputs.redo_reason(clip.spec.hash(), is_screened=is_screened, made=made or None, **made_with)
+    try:
+        inputs = hashes(clip)
+    except OSError as error:  # making it says the same, and costs this clip alone
+        return f"an input cannot be read: {error}"
+    return outputs.redo_reason(
+        clip.spec.hash(), is_screened=is_screened, made=made or None, inputs=inputs, **made_with
+    )
+
+
+def hashes(clip: ClipPlan) -> dict[str, str]:
+    """SHA-256 of every file the request names, by its key. Many clips may share a file, and resuming asks twice."""
+    return {
+        key: _sha256(path, (s := path.stat()).st_size, s.st_mtime_ns) for key, path in clip.inputs.items()
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256(path)
 
 
 def waiting(clips: Sequence[ClipPlan], folder: OutputFolder, options: Options) -> list[ClipPlan]:
@@ -277,6 +301,7 @@ def make_clip(
     seams = list(np.cumsum([chunk.keep for chunk in clip.chunks])[:-1])
     checks = FrameChecks(clip.spec.name, clip.frames, clip.output_size, seams=[int(s) for s in seams])
     seeds: list[int] = []
+    inputs = hashes(clip)  # now: what changes while frames are read is noticed by who reads them
     watch = engine.watch(clip)
     with Media(clip, outputs, options.codec) as media, Worker(write, MOST_WAITING, "writer") as writer:
         with team.making(clip, lambda reason: outputs.fail(reason, spec_hash=clip.spec.hash())):
@@ -290,8 +315,8 @@ def make_clip(
             files = media.close()
     return outputs.finish(
         build_sidecar(
-            name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), recipe=engine.recipe,
-            plan=engine.plan, model=engine.model, checkpoint=engine.files,
+            name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), inputs=inputs,
+            recipe=engine.recipe, plan=engine.plan, model=engine.model, checkpoint=engine.files,
             text=describe_encoder(engine.text), made=clip.made, weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),

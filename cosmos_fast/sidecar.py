@@ -25,6 +25,7 @@ SIDECAR_KEYS: dict[str, str] = {
     "name": "clip name",
     "spec": "the resolved request: every field with its default filled in, absolute paths",
     "spec_hash": "hash of the request; resume compares it",
+    "inputs": "SHA-256 of every media file the request names, by its key; resume compares it",
     "recipe": "precision policy",
     "plan": "device and windows",
     "model": "network kind (edge, vis, depth, seg, multi, edge/distilled)",
@@ -86,7 +87,7 @@ def build_sidecar(
     output: Mapping[str, Any], checks: Mapping[str, Any], weights_sha256: Mapping[str, str],
     kernels: Mapping[str, Sequence[str]], text: Mapping[str, Any] | None = None, notes: Sequence[str] = (),
     versions: Mapping[str, Any] | None = None, guardrail: Mapping[str, Any] | None = None,
-    made: Mapping[str, str] | None = None,
+    made: Mapping[str, str] | None = None, inputs: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of one finished clip, with exactly the keys of SIDECAR_KEYS; dataclasses become dicts.
 
@@ -97,8 +98,8 @@ def build_sidecar(
         raise ValueError(f"sidecar: output must tell {', '.join(missing)}, got {sorted(output)}.")
     none = {"requested": False, "run": False, "reason": "not told by the caller"}
     record = {
-        "name": name, "spec": spec, "spec_hash": spec_hash, "recipe": recipe, "plan": plan, "model": model,
-        "checkpoint": checkpoint, "text": text, "made": made or {}, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
+        "name": name, "spec": spec, "spec_hash": spec_hash, "inputs": inputs or {}, "recipe": recipe, "plan": plan,
+        "model": model, "checkpoint": checkpoint, "text": text, "made": made or {}, "weights_sha256": weights_sha256, "kernels": kernels, "versions": versions or environment(), "seeds": seeds, "chunks": chunks,
         "stages": stages, "output": output, "files": {}, "checks": checks, "notes": notes,
         "guardrail": guardrail or none,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -266,6 +266,12 @@ def test_resume_keeps_what_is_done_and_redoes_what_changed(models: Path, clip: P
 
     lines = resumed("--recipe", "exact")[1]
     assert "one: made again: recipe changed since it was made" in lines
+    shutil.copy(clip, tmp_path / "same_name.mp4")
+    write_spec(tmp_path, "two", tmp_path / "same_name.mp4", **IMAGE)
+    resumed("--recipe", "exact")
+    clip_of(tmp_path / "same_name.mp4", 9, shift=2)
+    lines = resumed("--recipe", "exact")[1]
+    assert "one: already done" in lines and "two: made again: input file changed since it was made" in lines
     (out / "one.json").unlink()
     assert [line for line in resumed("--recipe", "exact")[1] if line.startswith("one: done")]
 

@@ -620,10 +620,10 @@ def test_blocked_video_leaves_nothing_and_the_next_clip_is_made(
 ) -> None:
     unsafe_clips(monkeypatch, lambda call: [1] if call == 1 else [0])  # the first clip's second chunk
     summary, lines, _ = batch_of(models, tmp_path, [request(clip, "one"), request(clip, "two")], opened)
-    assert summary.done == ["two"] and list(summary.failed) == ["one"]
+    assert summary.done == ["two"] and list(summary.refused) == ["one"] and summary.exit_code == 1
     assert (
         "video is blocked by the content filter: at most 10% of 9 frames may be unsafe"
-        in summary.failed["one"]
+        in summary.refused["one"]
     )
     assert any(line.startswith("one: refused: guardrails: video is blocked") for line in lines)
     assert manifest(tmp_path) == [("one", "refused"), ("two", "done")]
@@ -636,9 +636,10 @@ def test_blocked_prompt_loads_no_model_and_the_rest_is_made(
     bad = request(clip, "bad", prompt="A grobnik dances.")
     summary, lines, loaded = batch_of(models, tmp_path / "alone", [bad], opened)
     assert loaded == [] and manifest(tmp_path / "alone") == [("bad", "refused")]
-    assert "prompt is blocked by the blocklist" in summary.failed["bad"] and "grobnik" in lines[0]
+    assert "prompt is blocked by the blocklist" in summary.refused["bad"] and "grobnik" in lines[0]
+    assert summary.failed == {} and summary.exit_code == 4
     summary, _, loaded = batch_of(models, tmp_path / "both", [bad, request(clip, "good", **IMAGE)], opened)
-    assert loaded == ["edge"] and summary.done == ["good"] and list(summary.failed) == ["bad"]
+    assert loaded == ["edge"] and summary.done == ["good"] and list(summary.refused) == ["bad"]
 
 
 def test_a_check_that_crashes_fails_the_clip(
@@ -707,6 +708,8 @@ def test_switch_of_the_command_line(
     assert run.code == 1 and [path.name for path in run.paths] == ["good.jpg"]
     assert "bad: refused: guardrails: prompt is blocked by the blocklist" in run.err
     assert json.loads((tmp_path / "on" / "good.json").read_text())["guardrail"]["run"] is True
+    alone = generate(models, tmp_path / "alone", bad, "--guardrails")
+    assert alone.code == 4 and not alone.paths
 
 
 def test_missing_parts_end_the_command_before_anything_starts(

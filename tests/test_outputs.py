@@ -51,6 +51,22 @@ def names(folder: OutputFolder) -> set[str]:
     return {p.name for p in folder.root.iterdir()} - {".lock"}
 
 
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (["done", "skipped", "elsewhere"], 0),
+        ([], 0),
+        (["done", "failed"], 1),
+        (["done", "refused"], 1),
+        (["refused", "failed"], 1),
+        (["done", ""], 1),  # never made
+        (["refused", "refused"], 4),
+    ],
+)
+def test_exit_code_of_a_batch(statuses: list[str], code: int) -> None:
+    assert outputs.exit_code(statuses) == code
+
+
 # ------------------------------------------------------------------------------------ names and paths
 
 

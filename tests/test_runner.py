@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,15 @@ import pytest
 
 from cosmos_fast.outputs import OutputFolder
 from cosmos_fast.recipe import Plan, Recipe
-from cosmos_fast.runner import Options, waiting
+from cosmos_fast.runner import Options, hashes, waiting
 from cosmos_fast.sidecar import build_sidecar
 
 WEIGHTS = {"edge": {"checkpoint": {"id": "edge"}}, "depth": {"checkpoint": {"id": "depth"}}}
 
 
 def clip(name: str, model: str = "edge", spec_hash: str = "s1") -> Any:
-    return SimpleNamespace(name=name, model=model, spec=SimpleNamespace(name=name, hash=lambda: spec_hash))
+    spec = SimpleNamespace(name=name, hash=lambda: spec_hash)
+    return SimpleNamespace(name=name, model=model, spec=spec, inputs={})
 
 
 def makers(**identities: dict[str, str]) -> Any:
@@ -90,3 +92,21 @@ def test_another_maker_of_a_control_makes_the_clip_wait(folder: OutputFolder) ->
     assert names(waiting(DONE, folder, Options(**RESUMED, makers=makers(plain={"seg": "maker 3"})))) == [
         "plain"
     ]
+
+
+def test_a_changed_input_file_makes_the_clip_wait(folder: OutputFolder, tmp_path: Path) -> None:
+    """The request names files by path; what they hold may change under the same name."""
+    video = tmp_path / "in.mp4"
+    video.write_bytes(b"one")
+    asked = clip("plain")
+    asked.inputs = {"video_path": video}
+    assert names(waiting([asked], folder, Options(**RESUMED))) == ["plain"], "made from no file that is known"
+    path = folder.clip("plain").sidecar
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputs": hashes(asked)}))
+    assert waiting([asked], folder, Options(**RESUMED)) == []
+    video.touch()
+    assert waiting([asked], folder, Options(**RESUMED)) == [], "another time alone is no other file"
+    video.write_bytes(b"two")
+    assert names(waiting([asked], folder, Options(**RESUMED))) == ["plain"]
+    video.unlink()
+    assert names(waiting([asked], folder, Options(**RESUMED))) == ["plain"]
