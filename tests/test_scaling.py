@@ -28,9 +28,12 @@ RATES = Rates(
 
 
 def test_bytes_of_an_exchange() -> None:
-    assert exchange_bytes(1) == 0
-    assert exchange_bytes(2) == 84480 * 2048 * 2  # half of q, k, v and the result of half of the tokens
-    assert round(exchange_bytes(8) / 1e6) == 151
+    assert exchange_bytes(1) == (0, 0)
+    assert sum(exchange_bytes(2)) == 84480 * 2048 * 2  # half of q, k, v and the result of half of the tokens
+    assert round(sum(exchange_bytes(8)) / 1e6) == 151
+    for context in (2, 8):
+        (wide, back), (codes, back8) = exchange_bytes(context), exchange_bytes(context, 1)
+        assert (codes, back8) == (wide / 2, back)
 
 
 def test_sending_is_as_slow_as_the_slower_of_both_ways() -> None:
@@ -41,7 +44,7 @@ def test_sending_is_as_slow_as_the_slower_of_both_ways() -> None:
 
 
 def test_an_exchange_hides_under_the_attention_of_another_part() -> None:
-    whole = exchange_bytes(2) / (RATES.link * 1e9)
+    whole = sum(exchange_bytes(2)) / (RATES.link * 1e9)
     hidden, exposed = exchange_s(2, RATES)
     assert hidden == pytest.approx(whole / 2) and exposed == pytest.approx(whole / 2)
     assert exchange_s(2, RATES, parts=1) == (0.0, pytest.approx(whole))
@@ -49,8 +52,21 @@ def test_an_exchange_hides_under_the_attention_of_another_part() -> None:
     slow = Rates(2.7, 0.45, 0.07, 0.002, 6.26, link=1)
     hidden, exposed = exchange_s(2, slow)
     assert hidden == pytest.approx(2.7 / 32 / 2 / 2)
-    assert hidden + exposed == pytest.approx(exchange_bytes(2) / 1e9)
+    assert hidden + exposed == pytest.approx(sum(exchange_bytes(2)) / 1e9)
     assert exchange_s(1, RATES) == (0.0, 0.0)
+
+
+def test_codes_move_five_eighths_of_the_bytes_and_wait_for_their_means() -> None:
+    rates = RATES.in_8_bits()
+    assert rates.call_s < RATES.call_s and rates.pair_s / RATES.pair_s == pytest.approx(
+        rates.call_s / RATES.call_s
+    )
+    for context in (2, 4, 8):
+        (wide, narrow) = (sum(exchange_s(context, r)) for r in (RATES, rates))
+        means = 48 * 2048 * (context - 1) / (rates.link * 1e9)
+        assert narrow == pytest.approx(5 / 8 * wide + means)
+        assert exchange_s(context, rates)[1] > 5 / 8 * exchange_s(context, RATES)[1]
+    assert step(2, 1, rates).total_s < step(2, 1, RATES).total_s
 
 
 def test_a_step_alone_is_what_was_measured() -> None:
@@ -108,6 +124,9 @@ def test_a_record_gives_rates_and_what_was_measured(
     assert rows[0][11] == f"{100 * (predicted / 3.2 - 1):.1f}"
     hosts = [line.split()[0] for line in shown.splitlines() if line.split()[:1] in (["8"], ["16"])]
     assert hosts == ["8", "8", "16", "16", "8", "16"]
+    assert scaling.main([str(path), "--recipe", "fp8"]) == 0
+    eight = capsys.readouterr().out
+    assert "recipe fp8" in eight and "3.200" not in eight  # what was measured was exact
     assert scaling.rates_of({"args": {}}) is None
     path.write_text(json.dumps({"environment": {}}))
     assert scaling.main([str(path)]) == 2

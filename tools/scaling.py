@@ -3,14 +3,17 @@
     python tools/scaling.py                     every GPU kind in bench/results: rates and steps of its newest records
     python tools/scaling.py RECORD.json         rates of this record (of bench_scaling.py, or bench_denoiser.py)
     python tools/scaling.py --link 300 --network 40     GB/s a GPU sends within its host, and to others, where not measured
+    python tools/scaling.py --recipe fp8        attention and linear layers in 8 bits, by ratios measured on one H100
 
 A step is two passes of guidance over 93 frames at 720p, or one of the distilled network. Its time on a rank is
 
     (attention + products + pointwise) / context + gaps + exchange that nothing hides + guidance exchange
 
 Every rank sends, per self-attention, the q, k and v of its tokens to those who have the heads and gets its tokens' sums
-back: 4 * L * D * 2 bytes * (P - 1) / P^2 with P = context. The heads go in `parts` pieces, and what is sent while another
-piece is attended is hidden as far as that attention is long enough. Standard library only.
+back: (3 * b + 2) * L * D bytes * (P - 1) / P^2 with P = context and b = 2 bytes a value of q, k and v, 1 where they travel as codes
+of 8 bits; sums come back in bf16. The heads go in `parts` pieces, and what is sent while another piece is attended is hidden as
+far as that attention is long enough. Codes need means and steps of all tokens first: 48 bytes a channel from each rank to each,
+which nothing hides. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,11 @@ BASE_STEPS, DISTILLED_STEPS = 35, 4
 LINK_GB_S, NETWORK_GB_S = 350.0, 45.0
 """Assumed where not measured: what NCCL gets of an H100's NVLink in one direction, and of a 400 Gb/s port."""
 HOST = 8
+ATTENTION_FP8, PRODUCTS_FP8 = 56.8 / 86.1, 0.26 / 0.446
+"""What 8 bits leave of the time of attention and of products, on an H100: 2026-11-23-0a8c8b3-attention8.json, three_lean beside
+FlashAttention-3 in bf16; of a call in 2026-11-23-0a8c8b3-fp8.json, fp8_linear, what is neither attention nor pointwise."""
+MOMENT_BYTES = 48 * WIDTH
+"""Sums in fp64 of k and v, the least and the largest v in fp32."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Rates:
 
     fixed_s: what no rank shares: text, reading, writing. vae_s: encode and decode, which ranks share.
     link, network: GB/s one GPU sends to others of its host and to other hosts, in one direction.
+    operand_bytes: of a value of q, k or v on its way, 2 or, as 8-bit codes, 1.
     """
 
     attention_s: float
@@ -51,6 +60,14 @@ class Rates:
     fixed_s: float = 0.0
     link: float = LINK_GB_S
     network: float = NETWORK_GB_S
+    operand_bytes: int = 2
+
+    def in_8_bits(self) -> Rates:
+        """Those of the recipe fp8, as far as ratios of other records tell."""
+        attention_s, product_s = ATTENTION_FP8 * self.attention_s, PRODUCTS_FP8 * self.product_s
+        saved = (self.attention_s - attention_s + self.product_s - product_s) / self.call_s
+        pair_s = self.pair_s * (1 - saved)
+        return replace(self, attention_s=attention_s, product_s=product_s, pair_s=pair_s, operand_bytes=1)
 
     @property
     def call_s(self) -> float:
@@ -72,9 +89,10 @@ class Step:
         return self.compute_s + self.exposed_s + self.idle_s
 
 
-def exchange_bytes(context: int) -> float:
-    """Bytes a rank sends for one self-attention: q, k, v out and the attended values back, in bf16."""
-    return 4 * TOKENS * WIDTH * 2 * (context - 1) / context**2
+def exchange_bytes(context: int, operand_bytes: int = 2) -> tuple[float, float]:
+    """Bytes a rank sends for one self-attention: q, k, v out, and the attended values back in bf16."""
+    values = TOKENS * WIDTH * (context - 1) / context**2
+    return 3 * operand_bytes * values, 2 * values
 
 
 def send_s(num_bytes: float, peers: int, here: int, rates: Rates) -> float:
@@ -90,14 +108,15 @@ def exchange_s(context: int, rates: Rates, parts: int = 2, host: int = HOST) -> 
     """(hidden, exposed) seconds of the exchanges of one self-attention on a rank."""
     if context == 1:
         return 0.0, 0.0
-    whole = send_s(exchange_bytes(context), context - 1, min(context, host) - 1, rates)
-    out, back = 3 / 4 * whole, 1 / 4 * whole
+    peers, here = context - 1, min(context, host) - 1
+    out, back = (send_s(size, peers, here, rates) for size in exchange_bytes(context, rates.operand_bytes))
+    first = send_s(MOMENT_BYTES * peers, peers, here, rates) if rates.operand_bytes == 1 else 0.0
     # The first piece is waited for, and the last to come back; what is between can lie under the attention of a piece.
     bare = (out + back) / parts
     between = (out + back) - bare
     attention = rates.attention_s / ATTENTIONS / context * (parts - 1) / parts
     hidden = min(between, attention)
-    return hidden, bare + between - hidden
+    return hidden, first + bare + between - hidden
 
 
 def step(
@@ -222,6 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("record", type=Path, nargs="?")
     parser.add_argument("--link", type=float, help="GB/s a GPU sends within its host, one direction")
     parser.add_argument("--network", type=float, help="GB/s a GPU sends to other hosts")
+    parser.add_argument(
+        "--recipe", choices=("exact", "fp8"), default="exact", help="fp8: predicted, not measured"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per layout instead of tables")
     args = parser.parse_args(argv)
     chosen: list[tuple[Found | None, Found | None]]
@@ -243,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
             continue
         steps, clips = steps_of(seen), clips_of(seen)
+        if args.recipe == "fp8":  # the records' steps are of exact
+            rates, steps, clips = rates.in_8_bits(), {}, {}
         for guided in (True, False):
             if args.json:
                 for context, cfg in LAYOUTS:
@@ -260,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
                         )
             else:
                 what = "base, two passes a step" if guided else "distilled, one pass a step"
+                what += ", recipe fp8 by ratios" if args.recipe == "fp8" else ""
                 said = "given" if args.link else "measured" if link else "assumed"
                 source = f"link {said}, network {'given' if args.network else 'assumed'}"
                 print(
