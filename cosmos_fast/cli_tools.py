@@ -57,11 +57,12 @@ def inspect(path: Path, finite: bool) -> None:
     from .checkpoint import inspect as look
 
     report = look(path, is_finite_checked=finite)
-    click.echo(f"{report.path}: {report.format}, {report.kind}")
-    click.echo(f"{report.tensors} tensors, {report.parameters:,} parameters, {report.dtypes}")
-    if report.config is not None:
-        click.echo(f"config: {report.config.to_json()}")
-    click.echo(f"ignored: {len(report.ignored)} entries")
+    if report.tensors:
+        click.echo(f"{report.path}: {report.format}, {report.kind}")
+        click.echo(f"{report.tensors} tensors, {report.parameters:,} parameters, {report.dtypes}")
+        if report.config is not None:
+            click.echo(f"config: {report.config.to_json()}")
+        click.echo(f"ignored: {len(report.ignored)} entries")
     for problem in report.problems:
         click.echo(f"error: {problem}", err=True)
     sys.exit(CANNOT_BE_USED if report.problems else 0)

@@ -31,8 +31,12 @@ class Progress:
         self.label, self.workers = label, workers
         self.clips = {clip.name: i for i, clip in enumerate(clips, start=1)}
         self.total = sum(clip.steps * len(clip.chunks) for clip in clips)
+        self.chunks = sum(len(clip.chunks) for clip in clips)
         self.quiet, self.is_terminal = quiet, sys.stderr.isatty() and workers == 1
-        self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
+        self.done, self._before, self._last = 0, time.monotonic(), time.monotonic()
+        # Seconds and number of steps: those behind another of their chunk, and those that a chunk begins with, which
+        # wait for weights, encoding and the decoding before it.
+        self._later_s, self._later, self._first_s, self._first = 0.0, 0, 0.0, 0
         self._bar = tqdm(
             total=self.total, unit="step", disable=quiet or not self.is_terminal, file=sys.stderr
         )
@@ -47,17 +51,28 @@ class Progress:
         self._bar.set_description(where, refresh=False)
         self._bar.update()
         now = time.monotonic()
+        if step.step == 1:
+            self._first_s, self._first = self._first_s + now - self._before, self._first + 1
+        else:
+            self._later_s, self._later = self._later_s + now - self._before, self._later + 1
+        self._before = now
         if (
             not self.is_terminal
             and not self.quiet
             and (now - self._last >= QUIET_LINES_S or step.step == step.steps)
         ):
             self._last = now
-            pace = (now - self._start) / self.done
-            print(
-                f"{where}, {pace:.2f} s/step, ETA {max(self.total / self.workers - self.done, 0) * pace:.0f} s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            print(where + self._estimate(), file=sys.stderr, flush=True)
+
+    def _estimate(self) -> str:
+        """Seconds a step and until the end; nothing before there is a step to tell it by."""
+        first = self._first_s / max(self._first, 1)
+        if self._later == 0 and self.total > self.chunks:
+            return ""
+        pace = self._later_s / self._later if self._later else first
+        chunks = max(self.chunks / self.workers - self._first, 0)
+        later = max(self.total / self.workers - self.done - chunks, 0)
+        return f", {pace:.2f} s/step, ETA {chunks * first + later * pace:.0f} s"
 
     def made(self, name: str, what: str, done: int, total: int) -> None:
         """Called after every frame of a control that is computed from the whole clip, and every chunk saved."""

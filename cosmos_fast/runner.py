@@ -250,7 +250,7 @@ def blocked(guardrails: Guardrails | None, batch: BatchPlan, clip: ClipPlan) -> 
 def describe(error: BaseException) -> str:
     """One line for a person: what happened, for memory what to change, for the unexpected where."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory. Try a lower resolution; `cosmos-fast plan` tells what fits."
+        return "out of GPU memory. Try --vae-strips 4, or a lower resolution; `cosmos-fast plan` tells what fits."
     text = str(error).strip() or type(error).__name__
     if isinstance(error, CosmosFastError):
         return text

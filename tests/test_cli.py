@@ -220,6 +220,8 @@ def test_inspect_and_convert_round_trip(models: Path, clip: Path, tmp_path: Path
     (source,) = (models / "general" / "edge").iterdir()
     target = tmp_path / "edge.safetensors"
     assert "single" in call("checkpoint", "inspect", source).out
+    gone = call("checkpoint", "inspect", tmp_path / "gone.pt")
+    assert gone.code == 3 and gone.out == "" and "no such file" in gone.err
     assert call("checkpoint", "convert", source, target).code == 0
     seen = call("checkpoint", "inspect", target, "--finite")
     assert seen.code == 0 and "safetensors" in seen.out and "config" in seen.out
