@@ -285,9 +285,6 @@ def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
     assert record["equal"]["bitwise"]["cfg2"] and record["equal"]["relative_l2"]["context2"] < 0.05
     assert record["loops"]["cfg2"]["sent_bytes_per_step"] == 16 * 3 * 8 * 12 * 4  # one velocity in fp32
     assert record["loops"]["context2"]["sent_bytes_per_step"] > 0
-    assert (
-        record["exchange"]["in 2 parts"]["bitwise"]
-        and 0 < record["exchange"]["fp8, in 2 parts"]["relative_l2"] < 0.1
-    )
+    assert record["exchange"]["in 2 parts"]["bitwise"] and record["exchange"]["fp8, in 2 parts"]["bitwise"]
     assert record["overlap"] == {"context2": {}, "cfg2": {}} and record["trace"]["ours"]["kernels"]
     assert scaling.rates_of(record) is None  # a dry run says nothing of a GPU

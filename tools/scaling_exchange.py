@@ -10,6 +10,7 @@ import torch
 from published import relative_l2
 from torch import Tensor
 
+from cosmos_fast import ops_attention8
 from cosmos_fast.config import NetworkConfig
 from cosmos_fast.dispatch import TABLE
 from cosmos_fast.exchange import Exchanged, exact_operands, fp8_attend, fp8_operands
@@ -45,7 +46,7 @@ def calls(
     one = partial(exact, qkv, *table, 0)
     yield "one", one, None
     yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, shard), None
-    for name, pack in packs(qkv).items():
+    for name, pack in candidates("qkv_packed", qkv).items():
         yield f"packed, {name}", partial(pack, own, q_gain, k_gain, *here, group.size, 2, EPS), None
     for way, ranks in (("", group), ("copies, ", by_copies)):
         if ranks is not None:
@@ -59,13 +60,17 @@ def calls(
         print(f"bench_scaling: no 8-bit attention: {error}", flush=True)
         return
     yield "fp8, one", one8, None
+    given = own, q_gain, k_gain, *here
+    pooled = partial(ops_attention8.pooled_moments, *given, shard.tokens, group.gather)
+    yield "fp8, moments of all", pooled, None
+    moments = pooled()
+    for name, pack in candidates("codes_packed", qkv).items():
+        yield f"fp8, packed, {name}", partial(pack, *given, *moments, True, group.size, 2, EPS), None
     for way, ranks in (("", group), ("copies, ", by_copies)):
         if ranks is not None:
-            yield (
-                f"fp8, {way}in 2 parts",
-                partial(Exchanged(ranks, fp8_operands, fp8_attend), own, *table, 0),
-                one8,
-            )
+            for parts in (1, 2, 4):
+                eight = Exchanged(ranks, fp8_operands, fp8_attend, parts)
+                yield f"fp8, {way}in {parts} parts", partial(eight, own, *table, 0), one8
 
 
 def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
@@ -78,10 +83,10 @@ def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
         peers.hinted = before
 
 
-def packs(qkv: Tensor) -> dict[str, Call]:
-    """Every implementation of `qkv_packed` that runs here, but the reference."""
-    candidates = TABLE["qkv_packed"].candidates[:-1]
-    return {c.name: c.load() for c in candidates if c.obstacle(qkv.device, qkv.dtype) is None}
+def candidates(op: str, qkv: Tensor) -> dict[str, Call]:
+    """Every implementation of an op that runs here, but the reference."""
+    found = TABLE[op].candidates[:-1]
+    return {c.name: c.load() for c in found if c.obstacle(qkv.device, qkv.dtype) is None}
 
 
 def equality(call: Call, wanted: Call | None, tokens: int, group: Group) -> dict[str, Any]:
