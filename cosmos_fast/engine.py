@@ -30,7 +30,7 @@ from .chunking import (
 from .clip_parts import Opening, Part, Piece, Progress, Result, Step, Window, joined, last_frames, screened
 from .clip_plan import ClipPlan
 from .context import Context
-from .exchange import Exchanged, fp8_attend, fp8_operands
+from .exchange import Exchanged
 from .formats import CONTROLS, SPATIAL, EnvironmentProblem, latent_frames
 from .guardrails import Guardrails, Watch, screening
 from .inputs import ChunkInputs, ClipInputs
@@ -348,22 +348,18 @@ class Engine:
 
     def _load_network(self, source: models.Located) -> tuple[Network, tuple[str, ...]]:
         loaded = models.network_state(source, self.dtype, self.device)
-        attention = self._attention()  # not on meta: libraries prove themselves on an example
+        # Not on meta: libraries prove themselves on an example.
+        attention = self._attention(loaded.config.heads)
         with torch.device("meta"):
             network = Network(loaded.config, attention, self.mesh.context)
         return quant.loaded(network, loaded.state, self.recipe.linear), loaded.notes
 
-    def _attention(self) -> SelfAttention:
+    def _attention(self, heads: int) -> SelfAttention:
         if self.recipe.attention == "bf16":
             return self._full_attention()
-        recipe, ranks = self.recipe, self.mesh.context
-        if recipe.is_sparse and ranks.size > 1:
-            raise EnvironmentProblem(
-                f"recipe: all key tiles must be kept where ranks share the tokens, got {recipe.name} and "
-                f"context={ranks.size}. Take cfg=2, or a clip for each GPU."
-            )
-        alone = fp8(self.device, recipe.attention_share, recipe.attention_mass)
-        return alone if ranks.size == 1 else Exchanged(ranks, fp8_operands, fp8_attend)
+        kept, ranks = (self.recipe.attention_share, self.recipe.attention_mass), self.mesh.context
+        alone = fp8(self.device, *kept)  # raises where it would be slow; ranks run the same implementation
+        return alone if ranks.size == 1 else Exchanged.fp8(ranks, heads, *kept)
 
     def _full_attention(self) -> SelfAttention:
         return exact if self.mesh.context.size == 1 else Exchanged(self.mesh.context)

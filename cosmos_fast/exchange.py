@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import ops, ops_attention8, ops_exchange
-from .formats import cuts
+from . import ops, ops_attention8, ops_exchange, ops_tiles
+from .formats import EnvironmentProblem, cuts
 from .ops_attention8 import Codes, Moments
 from .parallel import Exchange, Group, Shard
 
@@ -87,9 +87,33 @@ def _shared(moments: Moments) -> Tensors:
 
 def fp8_attend(operands: Operands, out: torch.dtype) -> Tensor:
     """Attention over codes."""
+    pack = ops_attention8.wants_packed(operands.queries[0].device)
+    return ops_attention8.attention_fp8(_codes(operands, pack), out)
+
+
+def _codes(operands: Operands, pack: bool) -> Codes:
     (q,), (k, v), (score_step, v_step, v_mean) = operands.queries, operands.keys, operands.shared
-    v = ops_attention8.values_packed(v) if ops_attention8.wants_packed(v.device) else v.contiguous()
-    return ops_attention8.attention_fp8(Codes(q, k, v, score_step[:1], v_step, v_mean), out)
+    v = ops_attention8.values_packed(v) if pack else v.contiguous()
+    return Codes(q, k, v, score_step[:1], v_step, v_mean)
+
+
+@dataclass(frozen=True)
+class SparseFp8Attend:
+    """An `Attend` over the key tiles that `ops_tiles.estimated_tiles` keeps; share, mass: see there.
+
+    That of one rank where ranks divide the heads. Elsewhere queries would be tiled from each row's first on.
+    """
+
+    share: float
+    mass: float
+
+    def __call__(self, operands: Operands, out: torch.dtype) -> Tensor:
+        codes = _codes(operands, True)
+        codes = replace(
+            codes, q=codes.q.contiguous(), k=codes.k.contiguous()
+        )  # the estimate reads dense rows
+        tiles = ops_tiles.estimated_tiles(codes, self.share, self.mass)
+        return ops_tiles.attention_fp8_tiles(codes, tiles, out)[0]
 
 
 class Pack(Protocol):
@@ -166,6 +190,18 @@ class Exchanged:
     produce: Produce = exact_operands
     attend: Attend = exact_attend
     parts: int = 2
+
+    @classmethod
+    def fp8(cls, group: Group, heads: int, share: float = 1.0, mass: float = 1.0) -> Exchanged:
+        """`self_attention8.fp8` over the tokens of all ranks. EnvironmentProblem where it would not be that of one rank."""
+        if min(share, mass) == 1:
+            return cls(group, fp8_operands, fp8_attend)
+        if heads % group.size:
+            raise EnvironmentProblem(
+                f"recipe: context must divide the {heads} heads where key tiles are left out, got context={group.size}. "
+                "Take another context, or cfg=2, or a clip for each GPU."
+            )
+        return cls(group, fp8_operands, SparseFp8Attend(share, mass))
 
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from cosmos_fast import attention8, ops_attention8, ops_exchange, reference, testing
 from cosmos_fast.dispatch import TABLE
-from cosmos_fast.exchange import Exchanged, Grid, fp8_attend, fp8_operands
+from cosmos_fast.engine import Engine
+from cosmos_fast.exchange import Exchanged, Grid, SparseFp8Attend, fp8_attend, fp8_operands
+from cosmos_fast.formats import EnvironmentProblem
 from cosmos_fast.ops import EPS
 from cosmos_fast.parallel import ALONE, Group, Mesh, Shard
 from cosmos_fast.recipe import Plan, Recipe
 from cosmos_fast.self_attention import exact
-from cosmos_fast.self_attention8 import Fp8
+from cosmos_fast.self_attention8 import Fp8, SparseFp8
 
 testing.kernels_from_checkout()
 K = 32
@@ -152,6 +155,17 @@ def check_spread(group: Group) -> None:
             assert (found - one).abs().max() <= bound * one.abs().max(), (heads, tokens, parts)
 
 
+def check_sparse(group: Group) -> None:
+    """Lists of key tiles are made of each head's own codes, wherever it is attended."""
+    tokens = 700  # four tiles of queries, eight of keys
+    shard, (qkv, *rest) = Shard(group, tokens), projection(4, tokens, torch.float32)
+    for share, mass in ((0.5, 1.0), (1.0, 0.6)):
+        one = SparseFp8(share, mass)(qkv, *rest, 0)
+        found = shard.join(Exchanged.fp8(group, 4, share, mass)(shard.split(qkv), *rest, 0))
+        assert not torch.equal(one, Fp8()(qkv, *rest, 0))
+        assert testing.rel_error(found, one) < 1e-6
+
+
 def check_packed(group: Group) -> None:
     kernel, op = ReadsPacked(), TABLE["attention_fp8"]
     shard, (qkv, *rest) = Shard(group, 37), projection(4, 37, torch.float32)
@@ -175,6 +189,8 @@ def work(size: int) -> None:
     try:
         check_spread(mesh.context)
         check_packed(mesh.context)
+        if size != 3:  # which does not divide four heads
+            check_sparse(mesh.context)
         check_bytes(mesh.context)
     finally:
         mesh.close()
@@ -188,6 +204,19 @@ def test_ranks_attend_in_8_bits_as_one_does(size: int) -> None:
 def test_alone_an_exchange_is_none() -> None:
     check_spread(ALONE)
     check_packed(ALONE)
+    check_sparse(ALONE)
+
+
+def test_key_tiles_are_left_out_only_where_ranks_divide_heads() -> None:
+    engine = Engine.__new__(Engine)
+    engine.recipe, engine.device = Recipe.preset("fp8_sparse"), torch.device("cpu")
+    engine.mesh = replace(Mesh.alone("cpu"), context=Group(0, 3))
+    with pytest.raises(EnvironmentProblem, match=r"context must divide the 16 heads .*context=3"):
+        engine._attention(16)
+    engine.mesh = replace(engine.mesh, context=Group(0, 2))
+    assert engine._attention(16) == Exchanged(Group(0, 2), fp8_operands, SparseFp8Attend(0.5, 1.0))
+    engine.recipe = Recipe.fp8()
+    assert engine._attention(16) == Exchanged(Group(0, 2), fp8_operands, fp8_attend)
 
 
 # --- clips ---
