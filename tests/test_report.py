@@ -187,6 +187,23 @@ def test_the_vae_beside_its_peers_with_stages_windows_errors_and_a_clips_end(pla
     assert found["vae_encode_error"]["peer"] == {"diffusers": 0.03}
 
 
+def test_each_part_of_the_vae_is_of_the_newest_record_that_has_it(place: Path) -> None:
+    newer = {
+        "kind": "vae",
+        "environment": environment("2026-02-01T00:00:00"),
+        "clip": VAE["clip"] | {"last_step_to_mp4_s": 1.25},
+    }
+    path = place / "results" / "gpu-x" / "b-vae.json"
+    path.write_text(json.dumps(newer))
+    report(place)
+    text, found = (place / "README.md").read_text(), figures(place)
+    assert "| decode, 704 rows | 500.0 | 500 | 62 |" in text and text.count("| a clip |") == 1
+    assert found["last_step_to_mp4_s"]["value"] == 1.25 and found["last_step_to_mp4_s"]["file"].endswith(
+        path.name
+    )
+    assert found["vae_decode_s"]["value"] == 2.5 and found["vae_decode_s"]["file"].endswith("a-vae.json")
+
+
 def test_check_notices_a_stale_readme_and_leaves_it(place: Path) -> None:
     before = (place / "README.md").read_text()
     done = report(place, "--check")

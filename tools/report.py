@@ -356,9 +356,9 @@ def figures(results: list[Results]) -> dict[str, Result]:
         if (found := r.own("loops", "scaling")) is not None:
             for key, gain in report_scaling.gains(found[1]).items():
                 put(f"scaling.{key}", gain, "x", found[0])
-        if (found := r.case("720", "vae")) is not None:
-            for key, value, unit, peer in report_vae.figures(found[1]):
-                put(key, value, unit, found[0], peer)
+        for vae_file, vae in report_vae.newest(r):
+            for key, value, unit, peer in report_vae.figures(vae):
+                put(key, value, unit, vae_file, peer)
     return out
 
 

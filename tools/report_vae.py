@@ -10,11 +10,26 @@ PARTS = ("encode", "decode")
 Table = tuple[list[str], list[list[str]]]
 
 
+SECTIONS = ("cases", "stages", "windows", "accuracy", "clip")
+
+
+def newest(results: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file, record) of each record that is the newest with some section; of the sections it has those alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
+        if (one := results.own(section, "vae")) is not None:
+            file, record, part = one
+            rest = {key: value for key, value in record.items() if key not in SECTIONS}
+            found.setdefault(file, rest)[section] = part
+    yield from found.items()
+
+
 def shown(results: Any, table: Callable[..., str], note: Callable[..., str]) -> str | None:
-    """All tables of the newest record, as tools/report.py writes tables and notes; None without one."""
-    if (found := results.case("720", "vae")) is None:
-        return None
-    return "\n\n".join([*(table(*one) for one in tables(found[1])), note(*found[:2])])
+    """Each table from the newest record that has it, as tools/report.py writes tables and notes; None without one."""
+    lines = [
+        [*(table(*one) for one in tables(record)), note(file, record)] for file, record in newest(results)
+    ]
+    return "\n\n".join(line for lines_of_record in lines for line in lines_of_record) or None
 
 
 def _num(value: float | None, digits: int) -> str:
@@ -23,7 +38,7 @@ def _num(value: float | None, digits: int) -> str:
 
 def tables(record: Mapping[str, Any]) -> Iterator[Table]:
     """(head, rows) of what the record has: whole calls, stages, windows and strips, errors, a clip's end."""
-    variants = record["cases"]["720"]["variants"]
+    variants = record.get("cases", {}).get("720", {}).get("variants", {})
     rows = []
     for part in PARTS:
         ours = variants.get(f"ours_{part}", {}).get("median_s")
@@ -33,7 +48,11 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
                 rates = (row.get("tflop_s"), row.get("gemm_peak_pct"))
                 rows.append([f"{part}, {title}", _num(row["median_s"], 3), _num(over, 2), *(_num(x, 0) for x in rates),
                              _num(row.get("own_peak_gib"), 2)])  # fmt: skip
-    yield ["VAE, 93 frames, 720p, bf16", "s", "time over ours", "TFLOP/s", "% of GEMM peak", "peak GiB"], rows
+    if rows:
+        yield (
+            ["VAE, 93 frames, 720p, bf16", "s", "time over ours", "TFLOP/s", "% of GEMM peak", "peak GiB"],
+            rows,
+        )
     if "stages" in record:
         yield ["stage", "ms", "TFLOP/s", "% of GEMM peak"], list(_stages(record["stages"]))
     if "windows" in record:
@@ -94,7 +113,7 @@ def _errors(found: Mapping[str, Any]) -> Table:
 
 def figures(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None, str, dict[str, float]]]:
     """(key, value, unit, peers): vae_encode_s, vae_decode_s, vae_decode_peak_gib, .strips, vae_error..., vae_to_mp4_s."""
-    variants = record["cases"]["720"]["variants"]
+    variants = record.get("cases", {}).get("720", {}).get("variants", {})
 
     def each(part: str, of: str) -> tuple[float | None, dict[str, float]]:
         found = {
