@@ -52,16 +52,19 @@ def test_a_call_by_recipe_and_what_this_machine_lacks(tmp_path: Path) -> None:
 
 def test_a_block_does_each_of_its_products_once_and_says_how_many_flop_that_is(tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    options = ("--smoke", "--skip-peers", "--rounds", "1", "--only", "te", "--out", str(out))
-    assert bench_fp8.main(list(options)) == 0
+    without = "call libraries,call fp8_linear,call times,call kernels,te qkv,te out"
+    options = ("--smoke", "--skip-peers", "--rounds", "1", "--only", "call,te", "--without", without)
+    assert bench_fp8.main([*options, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
+    assert not set(without.split(",")) & set(record["sections"]) and record["call"]["variants"] == {}
     block, c = record["linears"]["block"], NetworkConfig.tiny()
     flop = 2 * 64 * (6 * c.width**2 + 2 * c.width * c.mlp_width)
     for way in ("bf16", "fp8"):
         assert block[way]["tflop_s"] * block[way]["ms"] * 1e9 == pytest.approx(flop)
     assert "needs a CUDA device" in block["te, current scaling"]["error"]
     assert block["bf16"]["relative_l2"] == 0 < block["fp8"]["relative_l2"] < 0.1
-    assert record["te_call"]["recipes"]["fp8_te"]["error"]
+    assert record["call"]["recipes"]["fp8_te"]["error"]
+    assert set(record["te_call"]["variants"]) == set(record["te_call"]["recipes"]) == {"exact", "fp8"}
 
 
 def test_the_products_that_count_are_those_that_a_block_does(monkeypatch: pytest.MonkeyPatch) -> None:

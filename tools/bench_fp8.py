@@ -14,7 +14,7 @@ unquantised layer, on sampled rows.
 Transformer Engine needs nothing set where torch's cuDNN is the only one or lies in a folder of its own; should its import fail
 over cuDNN, CUDNN_HOME and LD_LIBRARY_PATH name that folder. Peers are imported as if it were absent.
 
-A way that cannot run here is recorded with its reason. No part is started after the deadline; the file is rewritten after
+--without leaves parts out, by their names in the record, such as "call libraries". A way that cannot run here is recorded with its reason. No part is started after the deadline; the file is rewritten after
 every part.
 """
 
@@ -78,7 +78,7 @@ def te(b: Bench) -> Parts:
         "te qkv": lambda: l.product("qkv", D, 3 * D), "te out": lambda: l.product("out", D, D),
         "te fc2": lambda: l.product("fc2", M, D), "te call exact": exact,
         "te call": lambda: calls_of(b).recipe("fp8_te", "fp8_te"),
-        "te call times": lambda: calls_of(b).times(("exact", "fp8", "fp8_linear", "fp8_te"), TE_ROUNDS, b.args.deadline_s),
+        "te call times": lambda: calls_of(b).times(("exact", "fp8", "fp8_linear", "fp8_te"), TE_ROUNDS, b.args.deadline_s, "te_call"),
     }  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a .json file, or the folder bench/results")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--without", default="", help="parts to leave out, separated by commas")
     parser.add_argument("--grid", help="T,H,W of the latent (default 24,88,160)")
     parser.add_argument("--rounds", type=int, default=4, help="turns, fewer where the deadline is near")
     parser.add_argument("--skip-peers", action="store_true")
@@ -125,8 +126,15 @@ def main(argv: list[str] | None = None) -> int:
     b = Bench(args, environment(args.commit))
     b.record |= {"kind": "fp8", "transformer_engine": te_version() if "te" in wanted else None}
     path = destination(args.out, b.record["environment"], "fp8")
-    for name, run in ((name, run) for section in wanted for name, run in SECTIONS[section](b).items()):
-        b.section(name, run, path)
+    parts = [(name, run) for section in wanted for name, run in SECTIONS[section](b).items()]
+    without = {name for name in args.without.split(",") if name}
+    if unknown := without - {name for name, _ in parts}:
+        parser.error(
+            f"--without: parts are {', '.join(n for n, _ in parts)}, got {', '.join(sorted(unknown))}"
+        )
+    for name, run in parts:
+        if name not in without:
+            b.section(name, run, path)
     b.watch.close()
     print(f"written: {path}")
     return int(any(s["status"] == "failed" for s in b.record["sections"].values()))
