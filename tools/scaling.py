@@ -35,9 +35,8 @@ BASE_STEPS, DISTILLED_STEPS = 35, 4
 LINK_GB_S, NETWORK_GB_S = 350.0, 45.0
 """Assumed where not measured: what NCCL gets of an H100's NVLink in one direction, and of a 400 Gb/s port."""
 HOST = 8
-ATTENTION_FP8, PRODUCTS_FP8 = 56.8 / 86.1, 0.26 / 0.446
-"""What 8 bits leave of the time of attention and of products, on an H100: 2026-11-23-0a8c8b3-attention8.json, three_lean beside
-FlashAttention-3 in bf16; of a call in 2026-11-23-0a8c8b3-fp8.json, fp8_linear, what is neither attention nor pointwise."""
+ATTENTION_FP8, PRODUCTS_FP8, POINTWISE_FP8 = 1915 / 2719, 235.8 / 447.9, 103.7 / 42.9
+"""Times of the recipe fp8 over those of exact, classes of a call's trace on an H100: 2026-11-23-6d9b1c3-fp8.json."""
 MOMENT_BYTES = 48 * WIDTH
 """Sums in fp64 of k and v, the least and the largest v in fp32."""
 
@@ -64,10 +63,14 @@ class Rates:
 
     def in_8_bits(self) -> Rates:
         """Those of the recipe fp8, as far as ratios of other records tell."""
-        attention_s, product_s = ATTENTION_FP8 * self.attention_s, PRODUCTS_FP8 * self.product_s
-        saved = (self.attention_s - attention_s + self.product_s - product_s) / self.call_s
-        pair_s = self.pair_s * (1 - saved)
-        return replace(self, attention_s=attention_s, product_s=product_s, pair_s=pair_s, operand_bytes=1)
+        one = replace(
+            self,
+            attention_s=ATTENTION_FP8 * self.attention_s,
+            product_s=PRODUCTS_FP8 * self.product_s,
+            pointwise_s=POINTWISE_FP8 * self.pointwise_s,
+            operand_bytes=1,
+        )
+        return replace(one, pair_s=self.pair_s * one.call_s / self.call_s)
 
     @property
     def call_s(self) -> float:
