@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    # A software renderer brings an LLVM of its own; in a process that has loaded that one, Triton's crashes on import.
+    # Any file may be the first of a process, so the order is settled here.
+    import triton  # noqa: F401
 
 if not torch.cuda.is_available():
     # The networks here are too small to share out: a second thread gains nothing on idle cores, and where cores are
