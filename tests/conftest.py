@@ -45,10 +45,14 @@ def _obstacle(item: pytest.Item) -> str | None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`-m gpu` or `-m "gpu or multigpu"`: files without such a test are not even imported, so that a GPU machine needs no
-    package that only they need."""
+    """`-m gpu`, `-m "gpu or multigpu"` or `-m interpret`: files without such a test are not even imported, which saves
+    time, and a GPU machine needs no package that only they need."""
     wanted = {word for word in (config.option.markexpr or "").split() if word != "or"}
-    if not wanted or not wanted <= {"gpu", "multigpu"} or not collection_path.name.startswith("test_"):
+    if (
+        not wanted
+        or not wanted <= {"gpu", "multigpu", "interpret"}
+        or not collection_path.name.startswith("test_")
+    ):
         return None
     text = collection_path.read_text(encoding="utf-8")
     return None if any(f"mark.{name}" in text for name in wanted) else True
