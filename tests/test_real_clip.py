@@ -14,7 +14,7 @@ from system import generate, make_models, write_spec
 from cosmos_fast.chunking import seed_chain
 from cosmos_fast.formats import CHUNK_FRAMES
 from cosmos_fast.sidecar import SIDECAR_KEYS
-from cosmos_fast.video import probe
+from cosmos_fast.video import Source, probe
 
 
 def footage(name: str) -> Path:
@@ -38,11 +38,13 @@ def test_street_clip_in_two_full_chunks(tmp_path: Path) -> None:
         found = probe(path)
         assert (found.frames, found.size, found.fps, found.corrupt) == (121, (640, 272), Fraction(25), 0)
     result = media.read(out / "street.mp4")
-    assert result.std() > 10 and all((a != b).any() for a, b in zip(result, result[1:]))
+    assert result[::10].std() > 10 and all((a != b).any() for a, b in zip(result, result[1:]))
     # The blur control is the input, blurred: frame by frame the same moment, across the seam at frame 93 too.
-    blurred, source = media.read(out / "street_control_vis.mp4"), media.read(street)[:121]
+    blurred = media.read(out / "street_control_vis.mp4")[:, ::4, ::4].astype(np.int16)
+    with Source(probe(street)) as clip:
+        source = clip.read(0, 121)[:, ::4, ::4]
     for frame in (0, 60, 92, 93, 94, 120):
-        errors = [np.abs(blurred[frame].astype(int) - other).mean() for other in source.astype(np.int16)]
+        errors = [np.abs(blurred[frame] - other).mean() for other in source]
         assert abs(int(np.argmin(errors)) - frame) <= 1, frame
 
     record = json.loads((out / "street.json").read_text())
