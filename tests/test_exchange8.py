@@ -17,7 +17,7 @@ from torch import Tensor
 from cosmos_fast import attention8, ops_attention8, ops_exchange, reference, testing
 from cosmos_fast.dispatch import TABLE
 from cosmos_fast.engine import Engine
-from cosmos_fast.exchange import Exchanged, Grid, SparseFp8Attend, fp8_attend, fp8_operands
+from cosmos_fast.exchange import Exchanged, Grid, Operands, SparseFp8Attend, fp8_attend, fp8_operands
 from cosmos_fast.formats import EnvironmentProblem
 from cosmos_fast.ops import EPS
 from cosmos_fast.parallel import ALONE, Group, Mesh, Shard
@@ -74,6 +74,38 @@ def test_kernels_find_the_same_moments_of_parts_and_of_all() -> None:
         sums, ends = zip(*(kernels().qkv_sums(x, k_gain, *angles, EPS) for x, *angles in parts), strict=True)
         found = kernels().moments_of_sums(torch.stack(sums), torch.stack(ends), q_gain, k_gain, 300)
         assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True)), sizes
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4099, 33])
+def test_what_two_ranks_attend_is_what_one_does(tokens: int) -> None:
+    """By hand, with whatever implementations are chosen here: one rank's moments, codes and result, bit for bit."""
+    N, width = 16, 128
+    g = torch.Generator("cuda").manual_seed(tokens)
+    qkv = torch.randn(tokens, 3 * N * width, generator=g, device="cuda").bfloat16()
+    gains = (1 + 0.1 * torch.randn(2, width, generator=g, device="cuda")).bfloat16().unbind(0)
+    angles = torch.rand(tokens, width // 2, generator=g, device="cuda")
+    given = qkv, *gains, angles.cos(), angles.sin()
+    sizes = Shard(Group(0, 2), tokens).sizes
+    parts = [(x, *gains, *pair) for x, *pair in zip(*(t.split(sizes) for t in (qkv, *given[3:])))]
+    sums: list[Tensor] = []
+    for part in parts:
+        ops_attention8.pooled_moments(*part, tokens, lambda mine: sums.append(mine) or [mine])
+    moments = ops_attention8.pooled_moments(*parts[0], tokens, lambda mine: sums)
+    alone = ops_attention8.qkv_moments(*given)
+    assert all(torch.equal(a, b) for a, b in zip(moments, alone, strict=True))
+    sent = [ops_exchange.codes_packed(*part, moments, 2, 1)[0] for part in parts]
+    codes, one = ops_attention8.qkv_codes(*given, moments=alone), Fp8()(*given, 0).view(tokens, N, width)
+    for rank, heads in enumerate((slice(0, 8), slice(8, 16))):
+        arrived = torch.cat([packed[rank] for packed in sent]).unbind(1)  # rows that lie apart
+        for a, b in zip(arrived, (codes.q, codes.k, codes.v), strict=True):
+            assert torch.equal(a.contiguous().view(torch.uint8), b[:, heads].contiguous().view(torch.uint8))
+        shared = moments[3][2:].expand(8), moments[2][heads], moments[1][heads]
+        q, k, v = arrived
+        assert torch.equal(fp8_attend(Operands((q,), (k, v), shared), qkv.dtype), one[:, heads])
 
 
 # --- ranks ---
