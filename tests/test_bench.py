@@ -39,27 +39,36 @@ def test_benchmarks_say_why_they_skip_without_a_gpu() -> None:
 
 
 PEER = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/bench", {fakes!r}]
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/bench"]
 import vae
-print(vae.import_peer(), "hidden" if "transformer_engine" in sys.modules else "open")
+for fakes in sys.argv[1:]:
+    if not os.fork():  # a process for each: what one imported, the next must not find
+        sys.path.insert(0, fakes)
+        print(vae.import_peer(), "hidden" if "transformer_engine" in sys.modules else "open", flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-def imported_peer(fakes: Path, diffusers: str) -> str:
-    for name, text in (("transformer_engine", "raise OSError('another cuDNN')"), ("diffusers", diffusers)):
-        (fakes / name).mkdir(exist_ok=True)
-        (fakes / name / "__init__.py").write_text(text)
-    code = PEER.format(root=str(ROOT), fakes=str(fakes))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def imported_peers(folder: Path, *diffusers: str) -> list[str]:
+    """What the import says to each of these packages of diffusers."""
+    for index, text in enumerate(diffusers):
+        for name, code in (("transformer_engine", "raise OSError('another cuDNN')"), ("diffusers", text)):
+            (folder / str(index) / name).mkdir(parents=True)
+            (folder / str(index) / name / "__init__.py").write_text(code)
+    fakes = [str(folder / str(index)) for index in range(len(diffusers))]
+    command = [sys.executable, "-c", PEER.format(root=str(ROOT)), *fakes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 def test_the_peer_is_imported_without_what_it_does_not_need(tmp_path: Path) -> None:
     asks = "import importlib.util as u\nif u.find_spec('transformer_engine'): import transformer_engine\n"
-    assert imported_peer(tmp_path, asks + "AutoencoderKLWan = 1") == "None open"
-    assert imported_peer(tmp_path, "AutoencoderKLWan = 1; import transformer_engine").startswith(
-        "ModuleNotFound"
-    )
-    assert imported_peer(tmp_path, "raise OSError('broken')") == "OSError: broken open"
+    needs = "AutoencoderKLWan = 1; import transformer_engine"
+    found = imported_peers(tmp_path, asks + "AutoencoderKLWan = 1", needs, "raise OSError('broken')")
+    assert len(found) == 3
+    assert found[0] == "None open"
+    assert found[1].startswith("ModuleNotFound")
+    assert found[2] == "OSError: broken open"
