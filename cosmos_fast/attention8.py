@@ -19,7 +19,7 @@ from .packing import TILE_KEYS, packed
 from .reference import ATTENTION_ROWS, E4M3, E4M3_MAX
 
 Attend8 = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
-AttendOwn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+AttendOwn = Callable[..., Tensor]
 
 OWN_WIDTH = 128
 """Features of a head that csrc/attention8.cu is built for."""
@@ -66,9 +66,12 @@ def load_fa3() -> Attend8:
 # --- ours ------------------------------------------------------------------------------------------
 
 
-def own(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
-    """csrc/attention8.cu, which takes packed v and applies its steps and mean itself. Writes bf16."""
-    return own_tiles(q, k, v, score_step, v_step, v_mean, out)[0]
+def own(
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
+    out_step: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """csrc/attention8.cu, which takes packed v and applies its steps and mean itself. Writes bf16, or codes of out_step."""
+    return own_tiles(q, k, v, score_step, v_step, v_mean, out, out_step=out_step)[0]
 
 
 @cache
@@ -80,16 +83,22 @@ def load_own() -> AttendOwn:
         v_mean = 4.0 - v_step
         return (own(q, k, v, score_step, v_step, v_mean, out).float() - v_mean) / v_step
 
+    def in_codes(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, out: torch.dtype) -> Tensor:
+        one, step = torch.ones(q.shape[1:], device=q.device), torch.full((1,), 0.5, device=q.device)
+        return own(q, k, v, score_step, one, 0 * one, E4M3, step).float() * step
+
     proven("own", plain)
+    proven("own as codes", in_codes)
     return own
 
 
 def own_tiles(
-    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype, *lists: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
+    key_tiles: Tensor | None = None, key_counts: Tensor | None = None, out_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same with the log-sum-exp, and over key_tiles and key_counts if they are given."""
-    rows = packed(v) if v.shape == k.shape else v
-    y, lse = torch.ops.cosmos_fast.attention8_cuda(q, k, rows, score_step, v_step, v_mean, *lists)
+    rows, lists = packed(v) if v.shape == k.shape else v, (key_tiles, key_counts)
+    y, lse = torch.ops.cosmos_fast.attention8_cuda(q, k, rows, score_step, v_step, v_mean, *lists, out_step)
     return y.to(out), lse
 
 

@@ -24,6 +24,7 @@ from .drawn import Case as Case
 from .drawn import Random as Random
 from .ops import EPS
 from .packing import TILE_KEYS, TILE_QUERIES, packed
+from .reference import attended_steps
 from .schedule import base_schedule, unipc_coefficients
 
 
@@ -126,28 +127,40 @@ def _values_packed(r: Random, S: int, N: int, K: int) -> Args:
     return ((r.normal(S, 3, N, K) * 30).to(torch.float8_e4m3fn)[:, 2],)
 
 
-def _attention_fp8(r: Random, L: int, S: int, N: int, K: int, pack: int = 0, apart: int = 0) -> Args:
-    """apart: q and k in rows that lie apart, as they arrive from other ranks."""
+def _attention_fp8(
+    r: Random, L: int, S: int, N: int, K: int, pack: int = 0, apart: int = 0, codes: int = 0
+) -> Args:
+    """apart: q and k in rows that lie apart, as they arrive from other ranks. codes: the result is such too."""
     q, k, v = ((r.normal(n, N, (1 + 2 * apart) * K) * 30).to(torch.float8_e4m3fn) for n in (L, S, S))
     q, k, v = (x.view(len(x), 1 + 2 * apart, N, K)[:, 0] for x in (q, k, v))
     v = v.contiguous()
     _, v_mean, v_step = _channels(r, N, K)
     score_step = torch.full((1,), 1.5 * K**-0.5 / 900, device=r.device)
-    return q, k, packed(v) if pack else v, score_step, v_step, v_mean, r.dtype
+    given = q, k, packed(v) if pack else v, score_step, v_step, v_mean
+    return (*given, torch.float8_e4m3fn, attended_steps(v_step, v_mean, 1)) if codes else (*given, r.dtype)
 
 
-def _attention_fp8_tiles(r: Random, L: int, S: int, N: int, K: int, pack: int = 0) -> Args:
+def _attention_fp8_tiles(r: Random, L: int, S: int, N: int, K: int, pack: int = 0, codes: int = 0) -> Args:
     """Lists of any length from one tile on, in any order, with what is no tile behind their ends."""
     rows, columns = -(-L // TILE_QUERIES), -(-S // TILE_KEYS)
     tiles = torch.rand(N, rows, columns, generator=r.generator, device=r.device).argsort(-1).int()
     lengths = torch.randint(1, columns + 1, (N, rows), generator=r.generator, device=r.device)
     tiles = torch.where(torch.arange(columns, device=r.device) < lengths[..., None], tiles, 10**6)
-    return *_attention_fp8(r, L, S, N, K, pack), tiles, lengths.int()
+    *given, out = _attention_fp8(r, L, S, N, K, pack)
+    if codes:
+        return *given, torch.float8_e4m3fn, tiles, lengths.int(), attended_steps(*given[4:], 1)
+    return *given, out, tiles, lengths.int()
 
 
-def _values_restored(r: Random, L: int, N: int, K: int) -> Args:
+def _attended_steps(r: Random, N: int, K: int, rows: int) -> Args:
     _, v_mean, v_step = _channels(r, N, K)
-    return r.normal(L, N, K) * 30, v_step, v_mean
+    return v_step, v_mean, rows
+
+
+def _values_restored(r: Random, L: int, N: int, K: int, codes: int = 0) -> Args:
+    _, v_mean, v_step = _channels(r, N, K)
+    given = r.normal(L, N, K) * 30, v_step, v_mean
+    return (*given, attended_steps(v_step, v_mean, 1)) if codes else given
 
 
 def _patchify(r: Random, C: int, T: int, H: int, W: int, view: int = 0) -> Args:
@@ -180,7 +193,7 @@ MAKERS: dict[str, Callable[..., Args]] = {
     "gelu_fp8": lambda r, L, M: (r.normal(L, M) * 2, r.normal(L, dtype=torch.float32).abs() * 0.05 + 0.1),
     "linear_fp8": _linear_fp8, "linear_gelu_fp8": _linear_gelu_fp8,
     "qkv_moments": _qk_norm_rope, "qkv_sums": _qkv_sums, "moments_of_sums": _moments_of_sums, "qkv_codes": _qkv_codes, "attention_fp8": _attention_fp8, "values_restored": _values_restored,
-    "attention_fp8_tiles": _attention_fp8_tiles, "codes_packed": _codes_packed, "values_packed": _values_packed,
+    "attention_fp8_tiles": _attention_fp8_tiles, "attended_steps": _attended_steps, "codes_packed": _codes_packed, "values_packed": _values_packed,
     "tile_means": lambda r, L, N, K, rows: ((r.normal(L, N, K) * 30).to(torch.float8_e4m3fn), rows),
     **VAE_MAKERS,
     "guided_unipc": _guided_unipc, "pixels": lambda r, F, H, W, last=0: (r.normal(1, F, H, W, 3).permute(0, 4, 1, 2, 3) if last else r.normal(1, 3, F, H, W),),
@@ -308,6 +321,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("one key", "odd", "softmax of one value", {"L": 3, "S": 1, **_TINY}),
         Case("odd", "odd", "no tile is full, v transposed", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1}),
         Case("apart", "odd", "q and k as they arrive", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1, "apart": 1}),
+        Case("720p codes", "production", "as the network does", {"L": _720P, "S": _SLICE, **_HEADS, "pack": 1, "codes": 1}),
+        Case("codes", "odd", "rows of codes", {"L": 133, "S": 197, "N": 3, "K": 128, "pack": 1, "codes": 1}),
     ]),
     "codes_packed": _token_cases({**_HEADS}, {**_TINY}, [
         Case("3 of 6 heads", "odd", "parts of 1 and 2 heads, no rotation, K no power of two", {"L": 5, "N": 6, "K": 96, "rotate": 0}),
@@ -325,6 +340,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("two tiles", "production", "the published heads and keys of a rank", {"L": 384, "S": _SLICE, **_HEADS, "pack": 1}),
         Case("small", "small", "a tile of queries, one and a bit of keys", {"L": 192, "S": 104, **_TINY}),
         Case("odd", "odd", "no tile is full, v transposed", {"L": 201, "S": 197, "N": 3, "K": 128, "pack": 1}),
+        Case("codes", "odd", "rows of codes", {"L": 201, "S": 197, "N": 3, "K": 128, "pack": 1, "codes": 1}),
         Case("empty", "empty", "no query", {"L": 0, "S": 40, **_TINY}),
     ),
     "tile_means": (
@@ -333,7 +349,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("odd", "odd", "the last tile has two tokens", {"L": 194, "N": 3, "K": 96, "rows": 64}),
         Case("empty", "empty", "no token", {"L": 0, **_TINY, "rows": 96}),
     ),
-    "values_restored": _token_cases(_HEADS, _TINY, [_ODD_HEADS]),
+    "values_restored": _token_cases(_HEADS, _TINY, [
+        _ODD_HEADS, Case("codes", "odd", "nothing is a power of two", {"L": 5, "N": 3, "K": 96, "codes": 1}),
+    ]),
+    "attended_steps": (
+        Case("720p", "production", "93 frames of 1280x704", {"rows": _720P, **_HEADS}),
+        Case("small", "small", "one program", {"rows": 24, **_TINY}),
+        Case("odd", "odd", "two programs, nothing is a power of two", {"rows": 4099, "N": 3, "K": 96}),
+        Case("empty", "empty", "no token", {"rows": 0, **_TINY}),
+    ),
     "patchify": (
         Case("720p", "production", "93 frames of 1280x704", {"C": 16, **_LATENT}),
         Case("small", "small", "two frames", {"C": 4, "T": 2, "H": 6, "W": 8}),

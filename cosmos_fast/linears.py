@@ -1,9 +1,10 @@
 """Linear layers of a block behind one signature: the part of a block that recipes replace, beside its self-attention.
 
-A layer says what it takes: `normed` settles the residual stream and gives its normalised rows in that form, and what
-one layer gives another takes. It says as well how its product reaches what comes after it: `heads` norms it per head, `onto`
-adds it to the residual stream, at once or as a debt. `Block` knows no more than that, so 8-bit layers (`quant`) are other
-classes with the same names of parameters, not branches in a forward.
+A layer says what it takes: `normed` settles the residual stream and gives its normalised rows in that form, `attended`
+has self-attention write its result in it, and what one layer gives another takes. It says as well how its product reaches
+what comes after it: `heads` norms it per head, `onto` adds it to the residual stream, at once or as a debt. `Block` knows
+no more than that, so 8-bit layers (`quant`) are other classes with the same names of parameters, not branches in a
+forward.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, self_attention
 from .ops import Pending
 
 
@@ -21,6 +22,7 @@ class Linear(nn.Linear):
     """y = x W^T + b in the dtype of x, nothing quantised."""
 
     normed = staticmethod(ops.residual_adaln)
+    attended = staticmethod(self_attention.attended)
 
     def heads(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (L, in) -> (L, N, K), every head of K features RMS-normed and times gain (K,); without bias."""
@@ -43,6 +45,7 @@ class Apart:
     """For layers whose product stays a tensor of its own: norm and sum are kernels after it, the sum with the next norm."""
 
     __call__: Callable[..., Tensor]
+    attended = staticmethod(self_attention.attended)
 
     def heads(self, x: Any, gain: Tensor) -> Tensor:
         return ops.head_norm(self(x), gain)

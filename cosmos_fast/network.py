@@ -135,7 +135,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Pending | None]:
         shift, scale, gate = mod.at(step, 0)
         x, h = self.qkv.normed(x, pending, shift, scale, ctx.rows)
-        attended = self.attend(self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin, step)
+        given = self.qkv(h), self.q_gain, self.k_gain, ctx.cos, ctx.sin, step
+        attended = self.attn_out.attended(self.attend, *given)
         return self.attn_out.onto(x, attended, gate)
 
     def opening(self, x: Tensor, mod: Modulation, step: int, ctx: Context) -> Tensor:

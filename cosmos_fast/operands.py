@@ -20,9 +20,8 @@ def _check(condition: bool, op: str, rule: str, got: object) -> None:
 def _check_rows(op: str, x: Tensor, rows: Sequence[Tensor], tokens_per_frame: int, token_offset: int) -> None:
     _check(x.dim() == 2, op, "x must be (L, D)", tuple(x.shape))
     _check(x.is_contiguous(), op, "x must be contiguous", x.stride())
-    _check(
-        tokens_per_frame > 0 <= token_offset, op, "rows must be positive", (tokens_per_frame, token_offset)
-    )
+    got = tokens_per_frame, token_offset
+    _check(tokens_per_frame > 0 <= token_offset, op, "rows must be positive", got)
     needed = (token_offset + max(x.shape[0], 1) - 1) // tokens_per_frame + 1
     for table in rows:
         _check(
@@ -88,9 +87,8 @@ def check_linear_gelu(x: Tensor, w: Tensor) -> None:
     fits = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] and x.dtype == w.dtype
     _check(fits, "linear_gelu", "x must be (L, D) and w (M, D) of one dtype", [(tuple(t.shape), t.dtype) for t in (x, w)])  # fmt: skip
     _check(x.is_contiguous() and w.is_contiguous(), "linear_gelu", "x and w must be contiguous", (x.stride(), w.stride()))  # fmt: skip
-    _check(
-        w.shape[0] % 8 == 0 == w.shape[1] % 8, "linear_gelu", "D and M must be multiples of 8", tuple(w.shape)
-    )
+    fits = w.shape[0] % 8 == 0 == w.shape[1] % 8
+    _check(fits, "linear_gelu", "D and M must be multiples of 8", tuple(w.shape))
 
 
 def check_linear_head_norm(x: Tensor, w: Tensor, gain: Tensor, eps: float) -> None:
@@ -151,15 +149,10 @@ def check_linear_gelu_fp8(a, a_steps, steps, w, w_steps) -> None:  # type: ignor
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = (
-        q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:] and q.dtype == k.dtype == v.dtype
-    )
-    _check(
-        fits,
-        "attention",
-        "q must be (L, N, K), k and v (S, N, K), of one dtype",
-        [tuple(t.shape) for t in (q, k, v)],
-    )
+    fits = q.dim() == 3 and k.shape == v.shape and q.shape[1:] == k.shape[1:]
+    fits = fits and q.dtype == k.dtype == v.dtype
+    rule = "q must be (L, N, K), k and v (S, N, K), of one dtype"
+    _check(fits, "attention", rule, [tuple(t.shape) for t in (q, k, v)])
     _check(k.shape[0] > 0, "attention", "there must be at least one key", k.shape[0])
 
 
@@ -207,19 +200,19 @@ def _check_channels(op: str, N: int, K: int, *tables: Tensor) -> None:
         _check(fits, op, f"means and steps must be contiguous ({N}, {K}) float32", (tuple(x.shape), x.dtype))
 
 
-STARTS = {"score_step": 4} | dict.fromkeys(("q", "k", "v", "v_step", "v_mean", "key_tiles", "key_counts"), 16)
+_WIDE = "q", "k", "v", "v_step", "v_mean", "key_tiles", "key_counts"
+STARTS = dict.fromkeys(_WIDE, 16) | dict.fromkeys(("score_step", "out_step"), 4)
 """Bytes on whose multiples the operands of 8-bit attention start in their storage: kernels read 16 at once, but one step."""
 
 
 def _check_starts(op: str, **operands: Tensor) -> None:
     for name, x in operands.items():
         first = x.storage_offset() * x.element_size()
-        _check(
-            first % STARTS[name] == 0, op, f"{name} must start on {STARTS[name]} bytes of its storage", first
-        )
+        rule = f"{name} must start on {STARTS[name]} bytes of its storage"
+        _check(first % STARTS[name] == 0, op, rule, first)
 
 
-def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_fp8") -> None:  # type: ignore[no-untyped-def]
+def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, out_step=None, op="attention_fp8") -> None:  # type: ignore[no-untyped-def]
     packed = (*k.shape[1:], -(-k.shape[0] // 16) * 16)
     fits = q.dim() == k.dim() == 3 and q.shape[1:] == k.shape[1:] and v.shape in (k.shape, packed)
     kinds = {x.dtype for x in (q, k, v)} == {torch.float8_e4m3fn}
@@ -234,12 +227,30 @@ def check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op="attention_
     _check(fits, op, "score_step must be (1,) float32", (tuple(score_step.shape), score_step.dtype))
     _check_channels(op, q.shape[1], q.shape[2], v_step, v_mean)
     _check_starts(op, q=q, k=k, v=v, score_step=score_step, v_step=v_step, v_mean=v_mean)
-    _check(out.is_floating_point, op, "the output dtype must be a floating-point one", out)
+    fits = out.is_floating_point and (out == torch.float8_e4m3fn) == (out_step is not None)
+    rule = "the output dtype must be a floating-point one, e4m3 with an out_step and only then"
+    _check(fits, op, rule, out)
+    _check_out_step(op, out_step)
 
 
-def check_attention_fp8_tiles(q, k, v, score_step, v_step, v_mean, out, key_tiles, key_counts) -> None:  # type: ignore[no-untyped-def]
+def _check_out_step(op: str, step: Tensor | None) -> None:
+    if step is not None:
+        fits = step.shape == (1,) and step.dtype == torch.float32
+        _check(fits, op, "out_step must be (1,) float32", (tuple(step.shape), step.dtype))
+        _check_starts(op, out_step=step)
+
+
+def check_attended_steps(v_step: Tensor, v_mean: Tensor, rows: int) -> None:
+    op, shape = "attended_steps", tuple(v_step.shape)
+    _check(len(shape) == 2 and rows >= 0 < v_step.numel(), op, "v_step must be (N, K), rows 0 or more", (shape, rows))  # fmt: skip
+    _check_channels(op, *shape, v_step, v_mean)
+
+
+def check_attention_fp8_tiles(  # type: ignore[no-untyped-def]
+    q, k, v, score_step, v_step, v_mean, out, key_tiles, key_counts, out_step=None
+) -> None:
     op = "attention_fp8_tiles"
-    check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, op)
+    check_attention_fp8(q, k, v, score_step, v_step, v_mean, out, out_step, op)
     table = (q.shape[1], -(-q.shape[0] // TILE_QUERIES))
     fits = key_tiles.dim() == 3 and key_tiles.shape[:2] == table and key_counts.shape == table
     kinds = {key_tiles.dtype, key_counts.dtype} == {torch.int32}
@@ -269,20 +280,17 @@ def check_values_packed(v: Tensor) -> None:
     _check_rows_of_codes("values_packed", "v", v)
 
 
-def check_values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> None:
+def check_values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor, out_step: Tensor | None = None) -> None:
     fits = x.dim() == 3 and x.is_contiguous() and x.is_floating_point()
     _check(fits, "values_restored", "x must be contiguous (L, N, K)", (tuple(x.shape), x.stride()))
     _check_channels("values_restored", x.shape[1], x.shape[2], v_step, v_mean)
+    _check_out_step("values_restored", out_step)
 
 
 def check_patchify(z: Tensor, mask: Tensor) -> None:
     fits = z.dim() == 4 and z.shape[2] % 2 == 0 and z.shape[3] % 2 == 0 and mask.shape == z.shape[1:2]
-    _check(
-        fits,
-        "patchify",
-        "z must be (C, T, even H, even W) and mask (T,)",
-        (tuple(z.shape), tuple(mask.shape)),
-    )
+    got = tuple(z.shape), tuple(mask.shape)
+    _check(fits, "patchify", "z must be (C, T, even H, even W) and mask (T,)", got)
 
 
 def check_unpatchify(y: Tensor, T: int, H: int, W: int) -> None:
@@ -309,15 +317,10 @@ def check_pixels(x: Tensor) -> None:
 
 
 def check_normalized(frames: Tensor, out: torch.dtype) -> None:
-    fits = (
-        frames.dtype == torch.uint8 and frames.is_contiguous() and frames.dim() == 4 and frames.shape[3] == 3
-    )
-    _check(
-        fits,
-        "normalized",
-        "frames must be contiguous (F, H, W, 3) uint8",
-        (tuple(frames.shape), frames.dtype),
-    )
+    fits = frames.dtype == torch.uint8 and frames.is_contiguous()
+    fits = fits and frames.dim() == 4 and frames.shape[3] == 3
+    got = tuple(frames.shape), frames.dtype
+    _check(fits, "normalized", "frames must be contiguous (F, H, W, 3) uint8", got)
     _check(out.is_floating_point, "normalized", "the output dtype must be a floating-point one", out)
 
 
@@ -345,9 +348,8 @@ def check_conv_half(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     _check_conv("conv_half", x, weight, bias, "3, 3")
     _check(weight.shape[2:] == (3, 3), "conv_half", "weight must be (O, C, 3, 3)", tuple(weight.shape))
     # An odd row at the bottom takes the place of the row of zeros: a strip of a picture may have one.
-    _check(
-        x.shape[3] > 1 and x.shape[4] % 2 == 0, "conv_half", "H must be at least 2 and W even", tuple(x.shape)
-    )
+    fits = x.shape[3] > 1 and x.shape[4] % 2 == 0
+    _check(fits, "conv_half", "H must be at least 2 and W even", tuple(x.shape))
 
 
 def check_conv_double(x: Tensor, weight: Tensor, bias: Tensor) -> None:

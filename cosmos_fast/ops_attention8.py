@@ -18,6 +18,7 @@ from torch import Tensor
 from . import attention8, operands, reference
 from .dispatch import TABLE, Candidate, define, triton
 from .ops import EPS, FA3, HOPPER
+from .ops_linear8 import Quantised
 
 E4M3 = (torch.float8_e4m3fn,)
 ADA_UP, HOPPER_UP = ((8, 9), (99, 0)), ((9, 0), (99, 0))
@@ -72,10 +73,18 @@ _values_packed = define(
     triton("attention8", "values_packed", E4M3, ADA_UP),
 )
 _values_restored = define(
-    "values_restored(Tensor x, Tensor v_step, Tensor v_mean) -> Tensor",
+    "values_restored(Tensor x, Tensor v_step, Tensor v_mean, Tensor? out_step=None) -> Tensor",
     operands.check_values_restored,
-    lambda x, v_step, v_mean: torch.empty_like(x),
+    lambda x, v_step, v_mean, out_step=None: torch.empty_like(
+        x, dtype=x.dtype if out_step is None else E4M3[0]
+    ),
     triton("qkv_codes", "values_restored"),
+)
+_attended_steps = define(
+    "attended_steps(Tensor v_step, Tensor v_mean, int rows) -> Tensor",
+    operands.check_attended_steps,
+    lambda v_step, v_mean, rows: _fp32(v_step, rows),
+    triton("attended_steps", "attended_steps", (torch.float32,)),
 )
 
 
@@ -85,12 +94,15 @@ def _over_codes(load: Callable[[], attention8.Attend8]) -> Callable[[], Callable
     def loaded() -> Callable[..., Tensor]:
         attend = load()
 
-        def call(q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
+        def call(
+            q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
+            out_step: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
             rows = v if v.shape == k.shape else reference.unpacked(v, k.shape[0])
+            wide = out if out_step is None else torch.bfloat16
             # A library may keep a plan per shape, made for rows that do not lie apart.
-            return _values_restored(
-                attend(q.contiguous(), k.contiguous(), rows, score_step, out), v_step, v_mean
-            )
+            attended = attend(q.contiguous(), k.contiguous(), rows, score_step, wide)
+            return _values_restored(attended, v_step, v_mean, out_step)
 
         return call
 
@@ -115,9 +127,10 @@ def own_or_twin(load: Callable[[], Callable[..., Any]], twin: Candidate) -> Cand
 
 
 _attention_fp8 = define(
-    "attention_fp8(Tensor q, Tensor k, Tensor v, Tensor score_step, Tensor v_step, Tensor v_mean, ScalarType out) -> Tensor",
+    "attention_fp8(Tensor q, Tensor k, Tensor v, Tensor score_step, Tensor v_step, Tensor v_mean, ScalarType out, "
+    "Tensor? out_step=None) -> Tensor",
     operands.check_attention_fp8,
-    lambda q, k, v, score_step, v_step, v_mean, out: q.new_empty(q.shape, dtype=out),
+    lambda q, k, v, score_step, v_step, v_mean, out, out_step=None: q.new_empty(q.shape, dtype=out),
     # Ours first: 1022 TFLOP/s at the published size beside FlashAttention-3's 963 (docs/kernels/attention8.md).
     own_or_twin(attention8.load_own, _TWIN),
     Candidate("fa3", _over_codes(attention8.load_fa3), "cuda", HOPPER, E4M3, FA3),
@@ -206,3 +219,18 @@ def attention_fp8(codes: Codes, out: torch.dtype = torch.bfloat16) -> Tensor:
     """softmax(q k^T * score_step) (v * v_step + v_mean), the weights rounded to e4m3 too: (L, N, K) in `out`."""
     c = codes
     return _attention_fp8(c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, out)
+
+
+def attended_steps(codes: Codes) -> Tensor:
+    """The step of what attention over these codes may come to, once for each query: (L,), one of them if there is none.
+
+    As large as v gets in any channel, which no weighted mean of it exceeds, is 448 steps.
+    """
+    return _attended_steps(codes.v_step, codes.v_mean, max(codes.q.shape[0], 1))
+
+
+def attention_rows(codes: Codes, dtype: torch.dtype) -> Quantised:
+    """`attention_fp8` as rows of codes (L, N*K), written by the kernel that attends; dtype: of the layer."""
+    c, steps = codes, attended_steps(codes)
+    rows = _attention_fp8(c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, E4M3[0], steps[:1])
+    return Quantised(rows.flatten(1), steps[: len(rows)], dtype)

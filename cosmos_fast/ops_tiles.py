@@ -16,7 +16,8 @@ from torch import Tensor
 from . import attention8, operands
 from .attention8 import merged as merged
 from .dispatch import define, triton
-from .ops_attention8 import ADA_UP, E4M3, Codes, own_or_twin
+from .ops_attention8 import ADA_UP, E4M3, Codes, attended_steps, own_or_twin
+from .ops_linear8 import Quantised
 from .packing import TILE_KEYS, TILE_QUERIES
 
 _TWIN = triton("attention8", "attention_fp8_tiles", E4M3, ADA_UP)
@@ -24,9 +25,9 @@ _TWIN = triton("attention8", "attention_fp8_tiles", E4M3, ADA_UP)
 
 _attention_fp8_tiles = define(
     "attention_fp8_tiles(Tensor q, Tensor k, Tensor v, Tensor score_step, Tensor v_step, Tensor v_mean, ScalarType out, "
-    "Tensor key_tiles, Tensor key_counts) -> (Tensor, Tensor)",
+    "Tensor key_tiles, Tensor key_counts, Tensor? out_step=None) -> (Tensor, Tensor)",
     operands.check_attention_fp8_tiles,
-    lambda q, k, v, score_step, v_step, v_mean, out, key_tiles, key_counts: (
+    lambda q, k, v, score_step, v_step, v_mean, out, key_tiles, key_counts, out_step=None: (
         q.new_empty(q.shape, dtype=out),
         q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32),
     ),
@@ -60,6 +61,14 @@ def attention_fp8_tiles(codes: Codes, tiles: KeyTiles, out: torch.dtype = torch.
     c = codes
     operands_ = c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, out
     return _attention_fp8_tiles(*operands_, tiles.key_tiles, tiles.key_counts)
+
+
+def attention_rows(codes: Codes, tiles: KeyTiles, dtype: torch.dtype) -> Quantised:
+    """The first result of `attention_fp8_tiles` as rows of codes (L, N*K); dtype: of the layer."""
+    c, steps = codes, attended_steps(codes)
+    operands_ = c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, E4M3[0], tiles.key_tiles, tiles.key_counts
+    rows = _attention_fp8_tiles(*operands_, steps[:1])[0]
+    return Quantised(rows.flatten(1), steps[: len(rows)], dtype)
 
 
 def estimated_tiles(codes: Codes, share: float = 1.0, mass: float = 1.0) -> KeyTiles:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops_linear8, te_linears
+from . import ops_linear8, self_attention, te_linears
 from .dispatch import required
 from .formats import CheckpointError, EnvironmentProblem
 from .fp8_weights import is_computed, is_stored, quantised_rows
@@ -45,6 +45,7 @@ class Fp8Linear(Apart, _Matrix):
     """y = x W^T + b from 8-bit rows, in the dtype that they stand for; other rows are quantised first."""
 
     normed = staticmethod(ops_linear8.residual_adaln)
+    attended = staticmethod(self_attention.attended_in_8_bits)  # type: ignore[assignment]
 
     def forward(self, x: Tensor | Quantised) -> Tensor:
         """x (L, in) -> (L, out)."""

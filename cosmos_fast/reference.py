@@ -37,14 +37,8 @@ def _per_token(rows_TD: Tensor, num_tokens: int, tokens_per_frame: int, token_of
 
 
 def adaln(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    tokens_per_frame: int,
-    token_offset: int,
-    eps: float,
-    out: torch.dtype,
-) -> Tensor:
+    x: Tensor, shift: Tensor, scale: Tensor, tokens_per_frame: int, token_offset: int, eps: float, out: torch.dtype
+) -> Tensor:  # fmt: skip
     """y = ln(x) * (1 + scale[frame]) + shift[frame]; ln has no affine."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     place = (x.shape[0], tokens_per_frame, token_offset)
@@ -151,17 +145,9 @@ def adaln_fp8(
 
 
 def residual_adaln_fp8(
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    hints: Sequence[Tensor],
-    hint_weights: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    tokens_per_frame: int,
-    token_offset: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, hints: Sequence[Tensor], hint_weights: Tensor | None, shift: Tensor,
+    scale: Tensor, tokens_per_frame: int, token_offset: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`residual`, then `adaln_fp8` of its rounded sum."""
     total = residual(x, branch, gate, hints, hint_weights, tokens_per_frame, token_offset)
     return total, *adaln_fp8(total, shift, scale, tokens_per_frame, token_offset, eps)
@@ -281,12 +267,22 @@ def hadamard(K: int) -> Tensor:
     return H / K**0.5
 
 
+def attended_steps(v_step: Tensor, v_mean: Tensor, rows: int) -> Tensor:
+    """A step for codes of attention, `rows` times: no weighted mean of v is larger than 448 of it."""
+    return power_of_two((v_mean.abs() / E4M3_MAX + v_step).amax()).expand(rows).contiguous()
+
+
+def _written(x: Tensor, out: torch.dtype, step: Tensor | None) -> Tensor:
+    return x.to(out) if step is None else _codes(x, step)
+
+
 def attention_fp8(
-    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
+    out_step: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(q k^T * score_step) (v * v_step + v_mean) of codes, weights not rounded: (L, N, K).
 
-    q (L, N, K), k (S, N, K); v (S, N, K), or `packed`.
+    q (L, N, K), k (S, N, K); v (S, N, K), or `packed`. out_step (1,): the result as codes of that step, `out` e4m3.
     """
     rows = v if v.shape == k.shape else unpacked(v, k.shape[0])
     keys, values = k.float().permute(1, 2, 0), (rows.float() * v_step + v_mean).transpose(0, 1)
@@ -294,18 +290,19 @@ def attention_fp8(
         torch.softmax(part.float().transpose(0, 1) @ keys * score_step, dim=-1) @ values
         for part in q.split(ATTENTION_ROWS)
     ]
-    return torch.cat([part.transpose(0, 1).to(out) for part in parts])
+    return torch.cat([_written(part.transpose(0, 1), out, out_step) for part in parts])
 
 
 def attention_fp8_tiles(
     q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype, key_tiles: Tensor,
-    key_counts: Tensor,
+    key_counts: Tensor, out_step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_fp8` of each query tile over the key tiles of its list: (L, N, K), and the log-sum-exp (N, L) fp32.
 
     key_tiles (N, query tiles, capacity), the first key_counts (N, query tiles) of which count; none: v_mean and -inf.
     """
-    S, outs, sums = k.shape[0], [q.new_empty(0, *q.shape[1:], dtype=out)], [v_step.new_empty(q.shape[1], 0)]
+    S, sums = k.shape[0], [v_step.new_empty(q.shape[1], 0)]
+    outs = [_written(v_step.new_empty(0, *q.shape[1:]), out, out_step)]
     rows = v if v.shape == k.shape else unpacked(v, S)
     keys, values = k.float().permute(1, 2, 0), (rows.float() * v_step).transpose(0, 1)
     place = torch.arange(key_tiles.shape[2], device=q.device)
@@ -316,7 +313,7 @@ def attention_fp8_tiles(
         scores = (part.float().transpose(0, 1) @ keys * score_step).masked_fill(~kept, -torch.inf)
         sums.append(scores.logsumexp(-1))
         weights = torch.where(kept, (scores - sums[-1][..., None]).exp(), 0.0)
-        outs.append((weights @ values + v_mean[:, None]).transpose(0, 1).to(out))
+        outs.append(_written((weights @ values + v_mean[:, None]).transpose(0, 1), out, out_step))
     return torch.cat(outs), torch.cat(sums, 1)
 
 
@@ -326,9 +323,9 @@ def tile_means(x: Tensor, rows: int) -> Tensor:
     return torch.stack(means) if means else x.new_empty(x.shape, dtype=torch.float32)
 
 
-def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor) -> Tensor:
-    """x * v_step + v_mean: (L, N, K)."""
-    return (x.float() * v_step + v_mean).to(x.dtype)
+def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor, out_step: Tensor | None = None) -> Tensor:
+    """x * v_step + v_mean: (L, N, K), or its codes."""
+    return _written(x.float() * v_step + v_mean, x.dtype, out_step)
 
 
 def patchify(z: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from . import dispatch, ops_attention8, ops_tiles
 from .formats import EnvironmentProblem
+from .ops_attention8 import Codes
+from .ops_linear8 import Quantised
+from .ops_tiles import KeyTiles
 from .recipe import Recipe
 from .self_attention import SelfAttention
 
@@ -30,9 +33,17 @@ class Fp8:
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
     ) -> Tensor:
-        pack = ops_attention8.wants_packed(qkv.device)
-        codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate, pack=pack)
+        codes = self._codes(qkv, q_gain, k_gain, cos, sin)
         return ops_attention8.attention_fp8(codes, qkv.dtype).flatten(1)
+
+    def quantised(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Quantised:
+        return ops_attention8.attention_rows(self._codes(qkv, q_gain, k_gain, cos, sin), qkv.dtype)
+
+    def _codes(self, qkv: Tensor, *given: Tensor) -> Codes:
+        pack = ops_attention8.wants_packed(qkv.device)
+        return ops_attention8.qkv_codes(qkv, *given, rotate=self.rotate, pack=pack)
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,17 @@ class SparseFp8:
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
     ) -> Tensor:
-        codes = ops_attention8.qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=self.rotate, pack=True)
-        tiles = ops_tiles.estimated_tiles(codes, self.share, self.mass)
-        return ops_tiles.attention_fp8_tiles(codes, tiles, qkv.dtype)[0].flatten(1)
+        listed = self._listed(qkv, q_gain, k_gain, cos, sin)
+        return ops_tiles.attention_fp8_tiles(*listed, qkv.dtype)[0].flatten(1)
+
+    def quantised(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Quantised:
+        return ops_tiles.attention_rows(*self._listed(qkv, q_gain, k_gain, cos, sin), qkv.dtype)
+
+    def _listed(self, *given: Tensor) -> tuple[Codes, KeyTiles]:
+        codes = ops_attention8.qkv_codes(*given, rotate=self.rotate, pack=True)
+        return codes, ops_tiles.estimated_tiles(codes, self.share, self.mass)
 
 
 def fp8(device: torch.device, share: float = 1.0, mass: float = 1.0) -> Fp8 | SparseFp8:

@@ -56,7 +56,7 @@ def _flat(values: Sequence[Any]) -> Iterator[Tensor]:
 
 # --- how close is close enough ---------------------------------------------------------------------
 
-EQUAL = frozenset({"patchify", "unpatchify", "pixels", "normalized", "values_packed"})
+EQUAL = frozenset({"patchify", "unpatchify", "pixels", "normalized", "values_packed", "attended_steps"})
 """Ops that move values or round them by a fixed rule: every bit must agree with the reference."""
 
 RATIO, FLOOR = 2.0, 1e-6

@@ -61,10 +61,11 @@ int version_of(bool sparse, Attention8Version& found) {
   STD_TORCH_CHECK(false, kOp, ": no version was built, got sparse ", sparse, ".");
 }
 
-// Entries of key_tiles must name tiles of k: they are not read here.
+// Entries of key_tiles must name tiles of k: they are not read here. With an out_step the result is e4m3
+// codes.
 std::tuple<Tensor, Tensor> attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor score_step, Tensor v_step,
                                            Tensor v_mean, std::optional<Tensor> key_tiles,
-                                           std::optional<Tensor> key_counts) {
+                                           std::optional<Tensor> key_counts, std::optional<Tensor> out_step) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.size(2) == kAttention8Width, kOp,
                   ": q must be (L, N, 128) and k (S, N, 128), got ", q.dim(), " and ", k.dim(),
                   " dimensions, the last of q ", q.size(q.dim() - 1), ".");
@@ -90,7 +91,8 @@ std::tuple<Tensor, Tensor> attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor 
     args.key_counts = ints_of(*key_counts, q, "key_counts", N, tiles, 2);
     args.key_capacity = static_cast<int>(key_tiles->size(2));
   }
-  const Tensor out = empty_as(q, ScalarType::BFloat16);
+  if (out_step.has_value()) args.out_step = floats_of(*out_step, q, "out_step", 1, sizeof(float));
+  const Tensor out = empty_as(q, args.out_step ? ScalarType::Float8_e4m3fn : ScalarType::BFloat16);
   const std::array<int64_t, 2> rows = {N, L};
   const Tensor lse = torch::stable::new_empty(q, rows, ScalarType::Float);
   args.out = out.data_ptr();
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor> attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(cosmos_fast, m) {
   m.def(
       "attention8_cuda(Tensor q, Tensor k, Tensor v, Tensor score_step, Tensor v_step, Tensor v_mean, "
-      "Tensor? key_tiles=None, Tensor? key_counts=None) -> (Tensor, Tensor)");
+      "Tensor? key_tiles=None, Tensor? key_counts=None, Tensor? out_step=None) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CUDA, m) { m.impl("attention8_cuda", TORCH_BOX(&attention8_cuda)); }

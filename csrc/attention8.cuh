@@ -298,6 +298,34 @@ struct Consumer {
     product_wait<0>(out);
   }
 
+  // Of row r the values of columns 8 j + 2 t and the next. scale, mean: of v, from column 2 t on.
+  __device__ __forceinline__ float2 values_of(int r, int j, float share, const float* scale,
+                                              const float* mean) const {
+    const float2 factor = *reinterpret_cast<const float2*>(scale + 8 * j);
+    float2 y{out[4 * j + 2 * r] * share * factor.x, out[4 * j + 2 * r + 1] * share * factor.y};
+    if (mean) y.x += mean[8 * j], y.y += mean[8 * j + 1];
+    return y;
+  }
+
+  // Row r as codes. A quad turns its pairs of bytes so that each thread writes 16 columns, the quad 64. All
+  // lanes come here.
+  __device__ __forceinline__ void store_codes(int r, int row, float share, const float* scale,
+                                              const float* mean) const {
+    const int t = lane() % 4;
+    const float unit = 1.0f / __ldg(p.out_step);
+    uint8_t* to = static_cast<uint8_t*>(p.out) + row * p.out_row + head * p.out_head + 16 * t;
+    const auto pairs = [&](int j) {
+      const float2 a = values_of(r, j, share, scale, mean), b = values_of(r, j + 2, share, scale, mean);
+      return e4m3x4(a.x * unit, a.y * unit, b.x * unit, b.y * unit);
+    };
+#pragma unroll
+    for (int j = 0; j < 16; j += 8) {
+      const uint2 a = turned_in_quad(pairs(j), pairs(j + 4), t);
+      const uint2 b = turned_in_quad(pairs(j + 1), pairs(j + 5), t);
+      if (row < p.num_queries) *reinterpret_cast<uint4*>(to + 8 * j) = make_uint4(a.x, a.y, b.x, b.y);
+    }
+  }
+
   __device__ void store(int query_tile) {
     const int g = lane() / 4, t = lane() % 4;
     const float* scale = p.v_scale + head * 128 + 2 * t;
@@ -308,18 +336,17 @@ struct Consumer {
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
       const int row = query_tile * P::kQueries + 64 * warpgroup + 16 * warp() + g + 8 * r;
-      if (row >= p.num_queries) continue;
       const float share = total > 0.0f ? 1.0f / total : 0.0f;
+      if (p.out_step) store_codes(r, row, share, scale, mean);
+      if (row >= p.num_queries) continue;
       if (p.lse && t == 0)
         p.lse[int64_t{head} * p.num_queries + row] = 0.69314718f * (rows.peak[r] - kLift + __log2f(total));
-      __nv_bfloat16* to = p.out + row * p.out_row + head * p.out_head + 2 * t;
+      if (p.out_step) continue;
+      __nv_bfloat16* to = static_cast<__nv_bfloat16*>(p.out) + row * p.out_row + head * p.out_head + 2 * t;
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const float2 factor = *reinterpret_cast<const float2*>(scale + 8 * j);
-        float2 y{out[4 * j + 2 * r] * share * factor.x, out[4 * j + 2 * r + 1] * share * factor.y};
-        if (mean) y.x += mean[8 * j], y.y += mean[8 * j + 1];
-        *reinterpret_cast<__nv_bfloat162*>(to + 8 * j) = __float22bfloat162_rn(y);
-      }
+      for (int j = 0; j < 16; ++j)
+        *reinterpret_cast<__nv_bfloat162*>(to + 8 * j) =
+            __float22bfloat162_rn(values_of(r, j, share, scale, mean));
     }
   }
 

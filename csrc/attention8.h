@@ -1,6 +1,7 @@
 // 8-bit attention as raw pointers and sizes, so that the code that computes sees no torch.
 //   score = softmax_scale * q_scale * k_scale * (q . k)
-//   out   = softmax over the keys (score) @ (v_scale * v) + v_mean          rounded to bf16
+//   out   = softmax over the keys (score) @ (v_scale * v) + v_mean          rounded to bf16, or
+//   out   = that / out_step                                                 rounded to e4m3
 // q, k and v are e4m3; products accumulate in fp32, probabilities meet v in e4m3.
 // Shape letters: L queries, S keys, N heads; the head width is 128.
 #pragma once
@@ -26,13 +27,14 @@ struct Attention8Args {
   const void* q;  // (L, N, 128) e4m3, unit stride along the width, other strides multiples of 16
   const void* k;  // (S, N, 128) likewise
   const void* v;  // (N, 128, v_row) e4m3, columns in kAttention8Order, zero from S to the next multiple of 16
-  void* out;      // (L, N, 128) bf16
+  void* out;      // (L, N, 128) bf16, or e4m3 with an out_step
   float* lse;     // (N, L) natural log of the sum of exp(score), or null
-  const float* q_scale;  // (N, blocks) or one for all: q_scale_head elements from head to head, 0 for one
-  const float* k_scale;  // likewise, one per kAttention8ScaleKeys keys or one per head; null is 1, and then
-                         // q_scale is one per head or one for all
-  const float* v_scale;  // (N, 128)
-  const float* v_mean;   // (N, 128) or null
+  const float* q_scale;   // (N, blocks) or one for all: q_scale_head elements from head to head, 0 for one
+  const float* k_scale;   // likewise, one per kAttention8ScaleKeys keys or one per head; null is 1, and then
+                          // q_scale is one per head or one for all
+  const float* v_scale;   // (N, 128)
+  const float* v_mean;    // (N, 128) or null
+  const float* out_step;  // one for all, or null for bf16
   const int*
       key_tiles;  // block-sparse: (N, query tiles, key_capacity) indices of key tiles, or null for all keys
   const int* key_counts;  // (N, query tiles), how many of them; may be 0, and then out is v_mean and lse -inf

@@ -60,12 +60,13 @@ cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
   if (const cudaError_t error = make_map(&q_map, a.q, boxes[0]); error != cudaSuccess) return error;
   if (const cudaError_t error = make_map(&k_map, a.k, boxes[1]); error != cudaSuccess) return error;
   if (const cudaError_t error = make_map(&v_map, a.v, boxes[2]); error != cudaSuccess) return error;
-  const Params params{static_cast<__nv_bfloat16*>(a.out),
+  const Params params{a.out,
                       a.lse,
                       a.k_scale ? a.q_scale : nullptr,
                       a.k_scale ? a.k_scale : a.q_scale,
                       a.v_scale,
                       a.v_mean,
+                      a.out_step,
                       a.key_tiles,
                       a.key_counts,
                       a.out_row,

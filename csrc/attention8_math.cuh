@@ -118,4 +118,19 @@ struct Rows {
   }
 };
 
+// Turns 4 x 4 pairs of bytes among the four threads of a quad: each gives one pair of each of four groups of
+// columns, two in low and two in high, and thread t gets all pairs of group t, in the order of threads.
+__device__ __forceinline__ uint2 turned_in_quad(uint32_t low, uint32_t high, int t) {
+  const bool upper = t >= 2, odd = t % 2;
+  // Across the quad: the lower threads get both groups of low, the upper ones those of high.
+  const uint32_t mine = upper ? high : low, other = __shfl_xor_sync(~0u, upper ? low : high, 2);
+  const uint32_t first = upper ? other : mine, second = upper ? mine : other;
+  // Between neighbours: the even ones get the first of the two groups, the odd ones the second.
+  constexpr uint32_t kFirst = 0x5410, kSecond = 0x7632;
+  const uint32_t kept = __byte_perm(first, second, odd ? kSecond : kFirst),
+                 got = __shfl_xor_sync(~0u, __byte_perm(first, second, odd ? kFirst : kSecond), 1);
+  const uint32_t of_even = odd ? got : kept, of_odd = odd ? kept : got;
+  return {__byte_perm(of_even, of_odd, kFirst), __byte_perm(of_even, of_odd, kSecond)};
+}
+
 }  // namespace cosmos_fast::attention8

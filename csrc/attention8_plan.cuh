@@ -41,9 +41,9 @@ struct Config {
 };
 
 struct Params {
-  __nv_bfloat16* out;
+  void* out;  // bf16, or e4m3 with an out_step
   float* lse;
-  const float *q_scale, *k_scale, *v_scale, *v_mean;  // q_scale may be null, for 1
+  const float *q_scale, *k_scale, *v_scale, *v_mean, *out_step;  // q_scale may be null, for 1
   const int *key_tiles, *key_counts;
   int64_t out_row, out_head;
   int num_queries, num_keys, q_scale_head, k_scale_head, q_scale_rows, key_capacity;

@@ -1,7 +1,7 @@
 """Attention over e4m3 codes, dense or over lists of key tiles: `attention_fp8`, `attention_fp8_tiles`, `values_packed`, `tile_means`.
 
     score = score_step * (q . k)
-    out   = softmax over the keys (score) @ (v_step * v) + v_mean
+    out   = softmax over the keys (score) @ (v_step * v) + v_mean, or with out_step (1,) codes of it: out / out_step
     lse   = log of the sum of exp(score) over the same keys, natural
 
 Shapes: q (L, N, K), k (S, N, K), their rows may lie apart, v (S, N, K) or packed (N, K, S up to 16, see `reference.packed`,
@@ -52,9 +52,9 @@ def token_at(place):
 
 @triton.jit
 def _attention8_kernel(
-    q, k, v, score_step, v_step, v_mean, key_tiles, key_counts, out, lse, L, S, q_row, k_row, padded, query_tiles, capacity,
+    q, k, v, score_step, v_step, v_mean, key_tiles, key_counts, out_step, out, lse, L, S, q_row, k_row, padded, query_tiles, capacity,
     N: tl.constexpr, K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, LISTED: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = TILE_K // KEYS
     head, first = tl.program_id(1), tl.program_id(0) * QUERIES
@@ -101,6 +101,8 @@ def _attention8_kernel(
     table = head * K + cols
     step_of, mean_of = tl.load(v_step + table, cols < K, 0.0), tl.load(v_mean + table, cols < K, 0.0)
     y = values * share[:, None] * step_of[None, :] + mean_of[None, :]
+    if CODES:
+        y = tl.clamp(y * (1.0 / tl.load(out_step)), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + at, y.to(out.dtype.element_ty), inside)
     log = 0.6931471805599453 * (peak - LIFT + tl.log2(tl.where(seen, total, 1.0)))
     tl.store(lse + head.to(tl.int64) * L + rows, tl.where(seen, log, -float("inf")), rows < L)
@@ -108,7 +110,8 @@ def _attention8_kernel(
 
 def attention_fp8_tiles(
     q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
-    key_tiles: Tensor | None = None, key_counts: Tensor | None = None, *, tiling: Tiling | None = None,
+    key_tiles: Tensor | None = None, key_counts: Tensor | None = None, out_step: Tensor | None = None, *,
+    tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(L, N, K) in `out` and lse (N, L) fp32. Lists name tiles of TILE; a query tile without keys gets v_mean and -inf."""
     L, N, K = q.shape
@@ -120,11 +123,12 @@ def attention_fp8_tiles(
     tile = TILE if listed else (tiling.queries, tiling.keys)
     with on_device_of(q):
         _attention8_kernel[(triton.cdiv(L, tiling.queries), N)](
-            q, k, v, score_step, v_step, v_mean, key_tiles if listed else q, key_counts if listed else q, y, lse,
+            q, k, v, score_step, v_step, v_mean, key_tiles if listed else q, key_counts if listed else q,
+            q if out_step is None else out_step, y, lse,
             L, S, q.stride(0), k.stride(0), triton.cdiv(S, 16) * 16, triton.cdiv(L, tile[0]), key_tiles.shape[2] if key_tiles is not None else 0,
             N=N, K=K, QUERIES=tiling.queries, KEYS=tiling.keys, WIDTH=max(triton.next_power_of_2(K), 32),
             TILE_Q=tile[0], TILE_K=tile[1], PACKED=v.shape != k.shape, LISTED=listed,
-            num_warps=tiling.warps, num_stages=tiling.stages,
+            CODES=out_step is not None, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
     return y, lse
 
@@ -183,7 +187,8 @@ def tile_means(x: Tensor, rows: int) -> Tensor:
 
 
 def attention_fp8(
-    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, score_step: Tensor, v_step: Tensor, v_mean: Tensor, out: torch.dtype,
+    out_step: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(L, N, K) in `out`: the softmax over all keys."""
-    return attention_fp8_tiles(q, k, v, score_step, v_step, v_mean, out)[0]
+    return attention_fp8_tiles(q, k, v, score_step, v_step, v_mean, out, out_step=out_step)[0]

@@ -219,7 +219,7 @@ def _qk_codes_kernel(
 
 
 @triton.jit
-def _v_codes_kernel(
+def v_codes_kernel(
     qkv, v_mean, v_step, out, L, padded, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
     PACK: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -241,14 +241,20 @@ def _v_codes_kernel(
 
 
 @triton.jit
-def _restored_kernel(x, v_mean, v_step, out, L, NK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+def _restored_kernel(
+    x, v_mean, v_step, out_step, out, L, NK: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, CODES: tl.constexpr
+):  # fmt: skip
     cols = tl.arange(0, BLOCK)
     keep = cols < NK
     mean, step = tl.load(v_mean + cols, keep, 0.0), tl.load(v_step + cols, keep, 0.0)
+    unit = 1.0 / tl.load(out_step) if CODES else 1.0
     first = tl.program_id(0).to(tl.int64) * TOKENS
     for row in range(first, min(first + TOKENS, L)):
         value = tl.load(x + row * NK + cols, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
-        tl.store(out + row * NK + cols, (value * step + mean).to(out.dtype.element_ty), keep)
+        if CODES:
+            _store_codes(out + row * NK + cols, (value * step + mean) * unit, keep)
+        else:
+            tl.store(out + row * NK + cols, (value * step + mean).to(out.dtype.element_ty), keep)
 
 
 def _sizes(qkv: Tensor, gain: Tensor) -> tuple[int, int, int]:
@@ -364,20 +370,22 @@ def _write_codes(
             BLOCK_HALF=triton.next_power_of_2(K // 2), ROTATE=rotate,
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", **sent, num_warps=config.warps,
         )  # fmt: skip
-        _v_codes_kernel[(triton.cdiv(L, v_config.block), N)](
+        v_codes_kernel[(triton.cdiv(L, v_config.block), N)](
             qkv, v_mean, v_step, v, L, triton.cdiv(L, 16) * 16, N=N, K=K, TOKENS=v_config.block,
             BLOCK_K=triton.next_power_of_2(K), PACK=pack, **sent, num_warps=v_config.warps,
         )  # fmt: skip
 
 
-def values_restored(x: Tensor, v_step: Tensor, v_mean: Tensor, *, config: Config = RESTORED) -> Tensor:
-    """x * v_step + v_mean: (L, N, K). config.block: tokens of one program."""
-    L, NK = x.shape[0], x.shape[1] * x.shape[2]
-    out = torch.empty_like(x)
+def values_restored(
+    x: Tensor, v_step: Tensor, v_mean: Tensor, out_step: Tensor | None = None, *, config: Config = RESTORED
+) -> Tensor:
+    """x * v_step + v_mean: (L, N, K); with out_step (1,) its codes. config.block: tokens of one program."""
+    L, NK, codes = x.shape[0], x.shape[1] * x.shape[2], out_step is not None
+    out = torch.empty_like(x, dtype=E4M3 if codes else x.dtype)
     if out.numel():
         with on_device_of(x):
             _restored_kernel[(triton.cdiv(L, config.block),)](
-                x, v_mean, v_step, out, L, NK=NK, TOKENS=config.block, BLOCK=triton.next_power_of_2(NK),
-                num_warps=config.warps,
+                x, v_mean, v_step, out_step if codes else v_step, out, L, NK=NK, TOKENS=config.block,
+                BLOCK=triton.next_power_of_2(NK), CODES=codes, num_warps=config.warps,
             )  # fmt: skip
     return out

@@ -189,7 +189,7 @@ def test_a_layer_attends_to_the_tiles_it_keeps() -> None:
 def kernel_on_cpu(fault: str) -> Any:
     """attention8_cuda over lists as documented, but for one fault."""
 
-    def attention8_cuda(q: Tensor, k: Tensor, v: Tensor, step: Tensor, v_step: Tensor, v_mean: Tensor, tiles: Tensor, counts: Tensor) -> Any:  # fmt: skip
+    def attention8_cuda(q: Tensor, k: Tensor, v: Tensor, step: Tensor, v_step: Tensor, v_mean: Tensor, tiles: Tensor, counts: Tensor, out_step: Any) -> Any:  # fmt: skip
         if fault == "first":
             tiles = tiles.sort(-1).values
             tiles = torch.cat((tiles[..., :1] * 0, tiles[..., 1:]), -1).contiguous()

@@ -26,11 +26,13 @@ from cosmos_fast.dispatch import TABLE, use  # noqa: E402
 from cosmos_fast.engine import Engine  # noqa: E402
 from cosmos_fast.formats import CheckpointError, EnvironmentProblem, Rows  # noqa: E402
 from cosmos_fast.fp8_weights import is_computed, is_stored, published_matrices, quantised_rows  # noqa: E402
-from cosmos_fast.network import Network  # noqa: E402
+from cosmos_fast.network import Block, Network  # noqa: E402
 from cosmos_fast.network_keys import our_shapes, to_ours, to_published  # noqa: E402
 from cosmos_fast.ops import EPS, Pending  # noqa: E402
 from cosmos_fast.ops_linear8 import Quantised  # noqa: E402
 from cosmos_fast.recipe import Recipe  # noqa: E402
+from cosmos_fast.self_attention import SelfAttention  # noqa: E402
+from cosmos_fast.self_attention8 import Fp8  # noqa: E402
 from cosmos_fast.text import TinyText  # noqa: E402
 
 testing.kernels_from_checkout()
@@ -186,8 +188,32 @@ def test_the_pass_changes_the_layers_and_little_else(weights: dict[str, Tensor])
 
 
 def test_each_layer_takes_what_the_one_before_gives(weights: dict[str, Tensor]) -> None:
-    """Rows are quantised once, by the op that makes them: only attention's results need a kernel of their own."""
+    """Rows are quantised once, by the op that makes them: only attention's results need a kernel of their own.
+
+    And of those not self-attention's where that is in 8 bits, in a network whose layers are, too.
+    """
     network = build(to_ours(weights, TINY, torch.bfloat16), "fp8")
+    blocks = TINY.blocks + TINY.num_control_blocks
+    assert kernels_that_quantise(network) == 2 * blocks  # attn_out and cross.out of every block
+    exact, before = network.blocks[0].attend, velocity(network)
+    attending(network, Fp8())
+    assert kernels_that_quantise(network) == blocks
+    assert 1e-4 < published.relative_l2(velocity(network), before) < 0.05
+    wide = attending(build(to_ours(weights, TINY, torch.bfloat16), "bf16"), Fp8())
+    assert kernels_that_quantise(wide) == 0 and velocity(wide).isfinite().all()
+    attending(network, exact)
+    assert torch.equal(velocity(network), before)
+
+
+def attending(network: Network, attend: SelfAttention) -> Network:
+    for block in network.modules():
+        if isinstance(block, Block):
+            block.attend = attend
+    return network
+
+
+def kernels_that_quantise(network: Network) -> int:
+    """How often rows are quantised by an op of their own in one velocity."""
     seen: list[str] = []
     op = TABLE["quantise"]
 
@@ -201,8 +227,7 @@ def test_each_layer_takes_what_the_one_before_gives(weights: dict[str, Tensor]) 
             velocity(network)
     finally:
         op.candidates = kept
-    blocks = TINY.blocks + TINY.num_control_blocks
-    assert len(seen) == 2 * blocks  # attn_out and cross.out of every block
+    return len(seen)
 
 
 def test_a_file_in_8_bits_gives_the_network_that_quantising_gives(

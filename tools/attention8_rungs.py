@@ -117,7 +117,7 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "q_scale", "k_scale", "v_scale")),
-        *((name, ctypes.c_void_p) for name in ("v_mean", "key_tiles", "key_counts")),
+        *((name, ctypes.c_void_p) for name in ("v_mean", "out_step", "key_tiles", "key_counts")),
         *(
             (name, ctypes.c_int64)
             for name in ("num_queries", "num_keys", "q_row", "q_head", "k_row", "k_head")
