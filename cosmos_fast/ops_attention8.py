@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention8, operands, reference
+from . import attention8, codes8, operands, reference
 from .dispatch import TABLE, Candidate, define, triton
 from .ops import EPS, FA3, HOPPER
 from .ops_linear8 import Quantised
@@ -57,6 +57,19 @@ _qkv_sums = define(
     ),
     triton("qkv_codes", "qkv_sums"),
 )
+_CODES_TWIN = triton("qkv_codes", "qkv_codes", capability=ADA_UP)
+
+
+def _own_codes(twin: Candidate) -> Candidate:
+    """The CUDA kernel for operands that it takes, its Triton twin for others and for v."""
+    values = triton("value_codes", "value_codes")
+
+    def loaded() -> Callable[..., Any]:
+        return codes8.load_own(twin.load(), values.load())
+
+    return Candidate("cuda", loaded, "cuda", HOPPER, (torch.bfloat16,), ("triton",), "qk_codes_cuda")
+
+
 _qkv_codes = define(
     "qkv_codes(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, Tensor v_step, "
     "Tensor steps, bool rotate, bool pack, float eps) -> (Tensor, Tensor, Tensor)",
@@ -64,7 +77,8 @@ _qkv_codes = define(
     lambda qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps: _fake_codes(
         qkv, k_mean.shape[0], k_mean.shape[1], pack
     ),
-    triton("qkv_codes", "qkv_codes", capability=ADA_UP),
+    _own_codes(_CODES_TWIN),
+    _CODES_TWIN,
 )
 _values_packed = define(
     "values_packed(Tensor v) -> Tensor",

@@ -7,6 +7,7 @@
 #include "adaln.h"
 #include "attention8.h"
 #include "norm_rope.h"
+#include "qk_codes.h"
 #endif
 
 namespace py = pybind11;
@@ -31,6 +32,7 @@ py::list kernel_info() {
   std::vector<cosmos_fast::KernelInfo> found;
   cosmos_fast::adaln_kernels(found);
   cosmos_fast::norm_rope_kernels(found);
+  cosmos_fast::qk_codes_kernels(found);
   cosmos_fast::attention8_kernels(found);
   for (const auto& kernel : found) {
     py::dict row;
