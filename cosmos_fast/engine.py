@@ -152,6 +152,11 @@ class Engine:
         """`stream` without guardrails: for who screens the finished pictures itself, with `watch`."""
         return joined(self.pieces(clip, on_step))
 
+    @property
+    def clip_notes(self) -> list[str]:
+        """What was changed on the way while the last clip was made."""
+        return list(self._vae.notes)
+
     @torch.inference_mode()  # as a decorator: between pieces the caller's own mode holds
     def pieces(self, clip: ClipPlan, on_step: Progress | None = None) -> Generator[Piece, None, None]:
         """`parts` as they come: what is known of one before its frames are made, then its frames window by window.
@@ -159,6 +164,7 @@ class Engine:
         Whoever is done with a window before it asks for the next works while the device decodes.
         """
         self.stages.reset()
+        self._vae.notes.clear()
         seeds = seed_chain(clip.spec.seed, len(clip.chunks))
         schedule = self.schedule(clip)
         tail: np.ndarray | None = None

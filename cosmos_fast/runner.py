@@ -250,7 +250,7 @@ def blocked(guardrails: Guardrails | None, batch: BatchPlan, clip: ClipPlan) -> 
 def describe(error: BaseException) -> str:
     """One line for a person: what happened, for memory what to change, for the unexpected where."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory. Try --vae-strips 4, or a lower resolution; `cosmos-fast plan` tells what fits."
+        return "out of GPU memory. Try a lower resolution; `cosmos-fast plan` tells what fits."
     text = str(error).strip() or type(error).__name__
     if isinstance(error, CosmosFastError):
         return text
@@ -321,7 +321,7 @@ def make_clip(
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),
             },
-            checks=figures, notes=[*clip.notes, *engine.notes, *checks.notes], guardrail=guardrail,
+            checks=figures, notes=[*clip.notes, *engine.notes, *engine.clip_notes, *checks.notes], guardrail=guardrail,
         ),
         files=files, claim=claim,
     )  # fmt: skip

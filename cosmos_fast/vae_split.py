@@ -28,6 +28,8 @@ from .vae_stage import Request, VAEStage
 class SharedVAEStage(VAEStage):
     """A VAEStage on every rank of a group: all make the same calls, and get the same latents and frames."""
 
+    decodes_alone = False
+
     def __init__(self, vae: VAE, plan: Plan, device: torch.device, dtype: torch.dtype, ranks: Group) -> None:
         super().__init__(vae, plan, device, dtype)
         self.ranks = ranks

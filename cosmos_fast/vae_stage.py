@@ -16,6 +16,9 @@ from .recipe import Plan
 from .vae import VAE, windows
 from .vae_strips import Source
 
+SMALLER = 4
+"""Strips of a second try, where the whole picture did not fit: a third of the memory, a fifth more time."""
+
 Frames = Callable[[int, int], np.ndarray]
 """(first, last + 1) -> uint8 (f, H, W, 3); asked for in order, it may wait for what is still being read."""
 
@@ -32,10 +35,17 @@ class Request(NamedTuple):
 
 
 class VAEStage:
-    """One VAE on one device. dtype: of its weights, latents and pixels."""
+    """One VAE on one device. dtype: of its weights, latents and pixels.
+
+    What does not fit into the device's memory is tried once more in strips, clip by clip; `notes` then says so.
+    """
+
+    decodes_alone = True
+    """Whether decoding is this process's own business, so that it may start again."""
 
     def __init__(self, vae: VAE, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.vae, self.plan, self.device, self.dtype = vae, plan, device, dtype
+        self.notes: list[str] = []
 
     def encode_all(self, requests: Sequence[Request | None]) -> list[Tensor | None]:
         """`encode` of every request, None of None."""
@@ -43,11 +53,18 @@ class VAEStage:
 
     def encode(self, request: Request) -> Tensor:
         """Latents (B, C, T, h, w). While the device encodes a window the next one is waited for, copied and queued."""
+        try:
+            return self._encode(request, self.plan.vae_strips)
+        except torch.OutOfMemoryError:
+            if self.plan.vae_strips >= SMALLER:
+                raise
+        self._make_room("encode")  # out here, where the error no longer holds what was half made
+        return torch.cat([self._encode(request._replace(clips=[clip]), SMALLER) for clip in request.clips])
+
+    def _encode(self, request: Request, strips: int) -> Tensor:
         pixels, shape = self.pixels(request), request.shape
-        if self.plan.vae_strips > 1:
-            return vae_strips.encode(
-                self.vae, pixels, shape, self.plan.vae_encode_window, self.plan.vae_strips
-            )
+        if strips > 1:
+            return vae_strips.encode(self.vae, pixels, shape, self.plan.vae_encode_window, strips)
         bounds = windows(shape[0], self.plan.vae_encode_window)
         if len(bounds) == 1:  # no window after it that would need its history
             return self.vae.encode(pixels(*bounds[0], 0, shape[1]), None)
@@ -77,22 +94,44 @@ class VAEStage:
         z = z_1CTHW[:, :, : 1 - (1 - frames) // TEMPORAL].to(
             self.dtype
         )  # what only later frames need is left out
-        parts = self._whole(z) if self.plan.vae_strips == 1 else self._put_together(z)
-        for part in parts:
+        for part in self._parts(z):
             if len(part) > frames:
                 part = part[:frames]
             frames -= len(part)
             yield part
+
+    def _parts(self, z: Tensor) -> Iterator[np.ndarray]:
+        done, strips = 0, self.plan.vae_strips
+        try:
+            for part in self._whole(z) if strips == 1 else self._put_together(z, strips):
+                yield part
+                done += len(part)
+            return
+        except torch.OutOfMemoryError:
+            if strips >= SMALLER or not self.decodes_alone:
+                raise
+        self._make_room("decode")
+        for part in self._put_together(z, SMALLER):
+            if done < len(part):
+                yield part[done:]
+            done = max(done - len(part), 0)
+
+    def _make_room(self, what: str) -> None:
+        self.notes.append(
+            f"{what}: out of GPU memory, made in {SMALLER} strips. --vae-strips {SMALLER} saves the first try."
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _whole(self, z: Tensor) -> Iterator[np.ndarray]:
         found = self.vae.decode_stream(z, self.plan.vae_decode_window)
         for _, codes in read_back(((None, part) for part in found), self.device):
             yield codes
 
-    def _put_together(self, z: Tensor) -> Iterator[np.ndarray]:
+    def _put_together(self, z: Tensor, strips: int) -> Iterator[np.ndarray]:
         height, width = z.shape[3] * SPATIAL, z.shape[4] * SPATIAL
         out = np.empty((1 + TEMPORAL * (z.shape[2] - 1), height, width, 3), np.uint8)
-        tiles = vae_strips.decode(self.vae, z, self.plan.vae_decode_window, self.plan.vae_strips)
+        tiles = vae_strips.decode(self.vae, z, self.plan.vae_decode_window, strips)
         for (frame, row), codes in read_back((((t.frame, t.row), t.x) for t in tiles), self.device):
             stop, end = frame + codes.shape[0], row + codes.shape[1]
             out[frame:stop, row:end] = codes
