@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,28 @@ def gpu_record(device: torch.device) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def _hub() -> dict[str, str]:
+    """Where downloads lie, how much room is left there, and whether somebody is logged in; never the token itself."""
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    return {
+        "cache": f"{cache} ({shutil.disk_usage(there).free / 2**30:.0f} GiB free)",
+        "hub token": "found" if get_token() else "none; for gated weights: hf auth login",
+    }
+
+
 def machine(wanted: str | None = None) -> dict[str, Any]:
     """Everything `cosmos-fast info` prints, JSON-ready."""
     device = dispatch.pick_device(wanted)
-    cache = Path(os.path.expanduser("~")) / ".cache" / "huggingface"
-    folder = cache if cache.exists() else Path.home()
     dtypes = (torch.bfloat16, torch.float32)
     return {
         **environment(gpu_record(device)),
         "device": str(device),
         "extension": _native.build_info(),
         "codecs": [name for name in CODECS if name in av.codecs_available],
-        "cache": f"{cache} ({shutil.disk_usage(folder).free / 2**30:.0f} GiB free)",
+        **_hub(),
         "ops": {
             str(dtype).removeprefix("torch."): [
                 {"op": name, "chosen": chosen, "others": others}

@@ -178,6 +178,24 @@ def test_info_is_json_with_every_op() -> None:
     assert "ops on cpu in bfloat16" in call("info", "--device", "cpu").out
 
 
+def test_info_tells_where_downloads_lie_and_keeps_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "there yet"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for token, answer in (("hf_secret", "found"), ("", "none; for gated weights: hf auth login")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        told = call("info", "--json", "--device", "cpu").out
+        assert "hf_secret" not in told
+        record = json.loads(told)
+        assert record["hub token"] == answer and record["cache"].startswith(
+            str(tmp_path / "not" / "there yet")
+        )
+        assert "GiB free" in record["cache"]
+
+
 def test_unknown_key_and_control_are_named(clip: Path, tmp_path: Path) -> None:
     plan = ("plan", "--checkpoint", "published")
     run = call(*plan, write_spec(tmp_path, "street", clip, dept={}))
