@@ -43,6 +43,7 @@ def producers(run: Any, rounds: int) -> None:
     restored = partial(qkv_codes.values_restored, raw, moments[2], moments[1])
     defaults: Calls = {
         "qk_norm_rope": lambda: norm_rope.qk_norm_rope(*given, eps), "qkv_moments": sums,
+        "qkv_codes rotated packed, as chosen": partial(ops_attention8.qkv_codes, *given, pack=True, moments=moments),
         "qkv_codes rotated packed": codes(True, True), "qkv_codes rotated": codes(True, False),
         "qkv_codes": codes(False, False), "values_restored": restored,
     }  # fmt: skip
