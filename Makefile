@@ -6,12 +6,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= auto
 export COSMOS_FAST_BUILD
 
 BIN := $(VENV)/bin
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS)
-RUN_TESTS := $(BIN)/python -m pytest --timeout=300 $(PYTEST_ARGS)
+RUN_TESTS := $(BIN)/python -m pytest --timeout=300
+# A file goes whole to one of as many processes as there are cores, in the order of collection. Tests on a GPU measure it
+# and never share it.
+PARALLEL := -n $(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-interpret test-gpu check lint build-cuda-objects sanitize bench report fmt clean
 .DELETE_ON_ERROR:
@@ -21,15 +25,15 @@ demo: $(VENV)/.runtime
 
 # Interpreter first: the run that everybody reads is the last one.
 test: test-interpret
-	$(RUN_TESTS) -m "not gpu and not multigpu and not interpret"
+	$(RUN_TESTS) $(PARALLEL) $(PYTEST_ARGS) -m "not gpu and not multigpu and not interpret"
 
 # TRITON_INTERPRET must be set before Triton is imported, so this is a process of its own. pytest ends with 5
 # where nothing is marked interpret; that, and only that, is no failure.
 test-interpret: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(RUN_TESTS) -m interpret || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(RUN_TESTS) $(PARALLEL) $(PYTEST_ARGS) -m interpret || [ $$? -eq 5 ]
 
 test-gpu: $(VENV)/.installed
-	$(RUN_TESTS) -m "gpu or multigpu"
+	$(RUN_TESTS) $(PYTEST_ARGS) -m "gpu or multigpu"
 
 check: lint build-cuda-objects test
 

@@ -19,6 +19,7 @@ from system import ENV, ROOT, Run, clip_of, digests, generate, generate_argument
 
 from cosmos_fast import launch, team_store
 
+pytestmark = pytest.mark.slow
 STEPS = 3
 SOON_S = 30.0
 SHARED = ("--gpus", "2", "--cfg", "2", "--context", "1")

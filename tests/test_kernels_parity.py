@@ -16,6 +16,7 @@ from cosmos_fast.testing import CASES, Case, as_tuple
 
 testing.kernels_from_checkout()
 
+pytestmark = pytest.mark.slow
 KERNELS = sorted(op for op, row in TABLE.items() if any(c.name == "triton" for c in row.candidates))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = ("small", "odd", "empty")

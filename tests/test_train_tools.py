@@ -37,6 +37,7 @@ from cosmos_fast.tiny_style import TinyStyle  # noqa: E402
 from cosmos_fast.vae import VAE  # noqa: E402
 from cosmos_fast.vae_keys import VAEConfig  # noqa: E402
 
+pytestmark = pytest.mark.slow
 GRID = (2, 4, 6)
 TOY = Sizes.toy()
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
