@@ -175,6 +175,10 @@ cudaError_t qk_codes_launch(const QkCodesArgs& args, cudaStream_t stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  // As much shared memory as there is: kBlocks of them need it, and nothing of this passes through L1.
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(qk_codes_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const int groups = args.num_heads / kQkCodesHeads;
   const int64_t all = (args.num_rows + kWarps - 1) / kWarps;
