@@ -1,6 +1,8 @@
 """csrc/qk_codes.cu behind `qkv_codes`: which operands it takes, and what it must prove before it is chosen.
 
-It makes the codes of rotated q and k; those of v are the Triton kernel's, and so is whatever it does not take.
+It makes the codes of rotated q and k; those of v are the Triton kernel's, and so is whatever it does not take. Its sums are in
+another order than Triton's, which moves a code in 60,000 to the other side of a rounding: one rank's codes are those of several,
+which are Triton's (`codes_packed`), up to that, and bit for bit with qkv_codes=triton.
 """
 
 from __future__ import annotations
