@@ -25,7 +25,8 @@ from torch import Tensor
 
 from . import ops, ops_attention8, ops_exchange, ops_tiles
 from .formats import EnvironmentProblem, cuts
-from .ops_attention8 import Codes, Moments
+from .ops_attention8 import E4M3, Codes, Moments
+from .ops_linear8 import Quantised
 from .parallel import Exchange, Group, Shard
 
 Tensors = tuple[Tensor, ...]
@@ -80,21 +81,26 @@ def fp8_operands(
 
 
 def _shared(moments: Moments) -> Tensors:
-    """What codes of each head come with: step of scores (N,), step and mean of v (N, K)."""
+    """What codes of each head come with: step of scores (N,), step and mean of v (N, K), step of results (N,)."""
     _, v_mean, v_step, steps = moments
-    return steps[2:].expand(v_step.shape[0]), v_step, v_mean
+    heads = v_step.shape[0]
+    return steps[2:].expand(heads), v_step, v_mean, ops_attention8.attended_steps(v_step, v_mean, heads)
 
 
 def fp8_attend(operands: Operands, out: torch.dtype) -> Tensor:
-    """Attention over codes."""
+    """Attention over codes; `out` may be theirs."""
     pack = ops_attention8.wants_packed(operands.queries[0].device)
-    return ops_attention8.attention_fp8(_codes(operands, pack), out)
+    return ops_attention8.attention_fp8(_codes(operands, pack), out, _step(operands, out))
 
 
 def _codes(operands: Operands, pack: bool) -> Codes:
-    (q,), (k, v), (score_step, v_step, v_mean) = operands.queries, operands.keys, operands.shared
+    (q,), (k, v), (score_step, v_step, v_mean, _) = operands.queries, operands.keys, operands.shared
     v = ops_attention8.values_packed(v) if pack else v.contiguous()
     return Codes(q, k, v, score_step[:1], v_step, v_mean)
+
+
+def _step(operands: Operands, out: torch.dtype) -> Tensor | None:
+    return operands.shared[3][:1] if out == E4M3[0] else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class SparseFp8Attend:
             codes, q=codes.q.contiguous(), k=codes.k.contiguous()
         )  # the estimate reads dense rows
         tiles = ops_tiles.estimated_tiles(codes, self.share, self.mass)
-        return ops_tiles.attention_fp8_tiles(codes, tiles, out)[0]
+        return ops_tiles.attention_fp8_tiles(codes, tiles, out, _step(operands, out))[0]
 
 
 class Pack(Protocol):
@@ -191,22 +197,28 @@ class Exchanged:
     attend: Attend = exact_attend
     parts: int = 2
 
-    @classmethod
-    def fp8(cls, group: Group, heads: int, share: float = 1.0, mass: float = 1.0) -> Exchanged:
+    @staticmethod
+    def fp8(group: Group, heads: int, share: float = 1.0, mass: float = 1.0) -> Exchanged8:
         """`self_attention8.fp8` over the tokens of all ranks. EnvironmentProblem where it would not be that of one rank."""
         if min(share, mass) == 1:
-            return cls(group, fp8_operands, fp8_attend)
+            return Exchanged8(group)
         if heads % group.size:
             raise EnvironmentProblem(
                 f"recipe: context must divide the {heads} heads where key tiles are left out, got context={group.size}. "
                 "Take another context, or cfg=2, or a clip for each GPU."
             )
-        return cls(group, fp8_operands, SparseFp8Attend(share, mass))
+        return Exchanged8(group, attend=SparseFp8Attend(share, mass))
 
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
     ) -> Tensor:
         """Shapes: qkv (Lr, 3*N*K); gains (K,); cos, sin (L, K/2) fp32; returns (Lr, N*K) in qkv's dtype."""
+        return self._exchanged(qkv, q_gain, k_gain, cos, sin, qkv.dtype)[0]
+
+    def _exchanged(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, kind: torch.dtype
+    ) -> tuple[Tensor, Tensors]:
+        """(Lr, N*K) in `kind`, as which it travels back, and what the operands of all heads share."""
         K, Lr = q_gain.shape[0], qkv.shape[0]
         grid = Grid(qkv.shape[1] // (3 * K), Shard(self.group, cos.shape[0]))
         here = grid.shard.split(cos), grid.shard.split(sin)
@@ -222,13 +234,29 @@ class Exchanged:
             ]
         else:
             operands = self.produce(qkv, q_gain, k_gain, *here, grid.shard)
+            shared = operands.shared
             arriving = [_send(operands, part, grid) for part in parts]
-        returning = [_send_back(self.attend(sent(), qkv.dtype), grid) for sent in arriving]
-        out = qkv.new_empty(Lr, grid.columns, per_column, K)
+        returning = [_send_back(self.attend(sent(), kind), grid) for sent in arriving]
+        out = qkv.new_empty(Lr, grid.columns, per_column, K, dtype=kind)
         for part, exchange in zip(parts, returning, strict=True):
             own = exchange.wait().view(out.dtype).view(grid.columns, Lr, part.stop - part.start, K)
             out[:, :, part].copy_(own.transpose(0, 1))
-        return out.view(Lr, -1)
+        return out.view(Lr, -1), shared
+
+
+@dataclass(frozen=True)
+class Exchanged8(Exchanged):
+    """One whose operands are codes, and for a layer that takes such also its results, in half the bytes."""
+
+    produce: Produce = fp8_operands
+    attend: Attend = fp8_attend
+
+    def quantised(
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, step: int
+    ) -> Quantised:
+        """Shapes as for a call."""
+        codes, shared = self._exchanged(qkv, q_gain, k_gain, cos, sin, E4M3[0])
+        return Quantised(codes, shared[3][:1].expand(len(codes)).contiguous(), qkv.dtype)
 
 
 @dataclass(frozen=True)

@@ -229,22 +229,25 @@ def values_packed(v: Tensor) -> Tensor:
     return _values_packed(v)
 
 
-def attention_fp8(codes: Codes, out: torch.dtype = torch.bfloat16) -> Tensor:
-    """softmax(q k^T * score_step) (v * v_step + v_mean), the weights rounded to e4m3 too: (L, N, K) in `out`."""
+def attention_fp8(codes: Codes, out: torch.dtype = torch.bfloat16, out_step: Tensor | None = None) -> Tensor:
+    """softmax(q k^T * score_step) (v * v_step + v_mean), the weights rounded to e4m3 too: (L, N, K) in `out`.
+
+    out_step (1,): the result as codes of that step, `out` e4m3.
+    """
     c = codes
-    return _attention_fp8(c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, out)
+    return _attention_fp8(c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, out, out_step)
 
 
-def attended_steps(codes: Codes) -> Tensor:
-    """The step of what attention over these codes may come to, once for each query: (L,), one of them if there is none.
+def attended_steps(v_step: Tensor, v_mean: Tensor, rows: int) -> Tensor:
+    """The step of what attention over such codes of v may come to, for every row: (rows,).
 
     As large as v gets in any channel, which no weighted mean of it exceeds, is 448 steps.
     """
-    return _attended_steps(codes.v_step, codes.v_mean, max(codes.q.shape[0], 1))
+    return _attended_steps(v_step, v_mean, rows)
 
 
 def attention_rows(codes: Codes, dtype: torch.dtype) -> Quantised:
     """`attention_fp8` as rows of codes (L, N*K), written by the kernel that attends; dtype: of the layer."""
-    c, steps = codes, attended_steps(codes)
-    rows = _attention_fp8(c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, E4M3[0], steps[:1])
-    return Quantised(rows.flatten(1), steps[: len(rows)], dtype)
+    L = codes.q.shape[0]
+    steps = attended_steps(codes.v_step, codes.v_mean, max(L, 1))
+    return Quantised(attention_fp8(codes, E4M3[0], steps[:1]).flatten(1), steps[:L], dtype)

@@ -53,22 +53,24 @@ class KeyTiles:
     key_counts: Tensor
 
 
-def attention_fp8_tiles(codes: Codes, tiles: KeyTiles, out: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attention_fp8_tiles(
+    codes: Codes, tiles: KeyTiles, out: torch.dtype = torch.bfloat16, out_step: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`attention_fp8` over the listed keys: (L, N, K) in `out`, and the log-sum-exp of their scores (N, L) fp32.
 
     A query tile without keys gets v_mean and minus infinity. Raises ValueError for lists of other shapes.
     """
     c = codes
     operands_ = c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, out
-    return _attention_fp8_tiles(*operands_, tiles.key_tiles, tiles.key_counts)
+    return _attention_fp8_tiles(*operands_, tiles.key_tiles, tiles.key_counts, out_step)
 
 
 def attention_rows(codes: Codes, tiles: KeyTiles, dtype: torch.dtype) -> Quantised:
     """The first result of `attention_fp8_tiles` as rows of codes (L, N*K); dtype: of the layer."""
-    c, steps = codes, attended_steps(codes)
-    operands_ = c.q, c.k, c.v, c.score_step, c.v_step, c.v_mean, E4M3[0], tiles.key_tiles, tiles.key_counts
-    rows = _attention_fp8_tiles(*operands_, steps[:1])[0]
-    return Quantised(rows.flatten(1), steps[: len(rows)], dtype)
+    L = codes.q.shape[0]
+    steps = attended_steps(codes.v_step, codes.v_mean, max(L, 1))
+    rows, _ = attention_fp8_tiles(codes, tiles, E4M3[0], steps[:1])
+    return Quantised(rows.flatten(1), steps[:L], dtype)
 
 
 def estimated_tiles(codes: Codes, share: float = 1.0, mass: float = 1.0) -> KeyTiles:

@@ -17,7 +17,15 @@ from torch import Tensor
 from cosmos_fast import attention8, ops_attention8, ops_exchange, reference, testing
 from cosmos_fast.dispatch import TABLE, use
 from cosmos_fast.engine import Engine
-from cosmos_fast.exchange import Exchanged, Grid, Operands, SparseFp8Attend, fp8_attend, fp8_operands
+from cosmos_fast.exchange import (
+    Exchanged,
+    Exchanged8,
+    Grid,
+    Operands,
+    SparseFp8Attend,
+    fp8_attend,
+    fp8_operands,
+)
 from cosmos_fast.formats import EnvironmentProblem
 from cosmos_fast.ops import EPS
 from cosmos_fast.parallel import ALONE, Group, Mesh, Shard
@@ -158,6 +166,9 @@ def check_bytes(group: Group) -> None:
         assert wide[1] == (tokens - Lr) * heads // size * K * 2
         assert narrow[0] == wide[0] / 2 and narrow[1] == wide[1], (narrow, wide)
         assert (wide[2], narrow[2]) == (0, (2 * 8 + 2 * 4) * heads * K)
+        sent.exchanges = []
+        Exchanged8(group, parts=parts).quantised(*given, 0)
+        assert sum(sent.exchanges) == (wide[0] + wide[1]) / 2
 
 
 class ReadsPacked:
@@ -193,6 +204,13 @@ def check_spread(group: Group) -> None:
             # Ranks that share the queries of a head have other row counts in their products, and may round otherwise.
             bound = 0.0 if Grid(heads, shard).rows == 1 else 4 * torch.finfo(dtype).eps
             assert (found - one).abs().max() <= bound * one.abs().max(), (heads, tokens, parts)
+            rows, codes = (
+                Exchanged8(group, parts=parts).quantised(own, *rest, 0),
+                Fp8().quantised(qkv, *rest, 0),
+            )
+            assert torch.equal(shard.join(rows.steps), codes.steps) and rows.dtype == dtype
+            same = shard.join(rows.codes.view(torch.uint8)) == codes.codes.view(torch.uint8)
+            assert same.float().mean() >= (1.0 if Grid(heads, shard).rows == 1 else 0.99)
 
 
 def check_sparse(group: Group) -> None:
@@ -254,9 +272,9 @@ def test_key_tiles_are_left_out_only_where_ranks_divide_heads() -> None:
     with pytest.raises(EnvironmentProblem, match=r"context must divide the 16 heads .*context=3"):
         engine._attention(16)
     engine.mesh = replace(engine.mesh, context=Group(0, 2))
-    assert engine._attention(16) == Exchanged(Group(0, 2), fp8_operands, SparseFp8Attend(0.5, 1.0))
+    assert engine._attention(16) == Exchanged8(Group(0, 2), attend=SparseFp8Attend(0.5, 1.0))
     engine.recipe = Recipe.fp8()
-    assert engine._attention(16) == Exchanged(Group(0, 2), fp8_operands, fp8_attend)
+    assert engine._attention(16) == Exchanged8(Group(0, 2))
 
 
 # --- clips ---
