@@ -111,17 +111,19 @@ def test_what_two_ranks_attend_is_what_one_does(tokens: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(moments, alone, strict=True))
     sent = [ops_exchange.codes_packed(*part, moments, 2, 1)[0] for part in parts]
     with use(qkv_codes="triton"):
-        codes, one = (
-            ops_attention8.qkv_codes(*given, moments=alone),
-            Fp8()(*given, 0).view(tokens, N, width),
-        )
+        codes, rows = ops_attention8.qkv_codes(*given, moments=alone), Fp8().quantised(*given, 0)
+        one = Fp8()(*given, 0).view(tokens, N, width)
+    step = ops_attention8.attended_steps(moments[2], moments[1], N)
+    assert torch.equal(step, rows.steps[:1].expand(N))
     for rank, heads in enumerate((slice(0, 8), slice(8, 16))):
         arrived = torch.cat([packed[rank] for packed in sent]).unbind(1)  # rows that lie apart
         for a, b in zip(arrived, (codes.q, codes.k, codes.v), strict=True):
             assert torch.equal(a.contiguous().view(torch.uint8), b[:, heads].contiguous().view(torch.uint8))
-        shared = moments[3][2:].expand(8), moments[2][heads], moments[1][heads]
+        shared = moments[3][2:].expand(8), moments[2][heads], moments[1][heads], step[heads]
         q, k, v = arrived
         assert torch.equal(fp8_attend(Operands((q,), (k, v), shared), qkv.dtype), one[:, heads])
+        mine = fp8_attend(Operands((q,), (k, v), shared), torch.float8_e4m3fn).view(torch.uint8)
+        assert torch.equal(mine, rows.codes.view(torch.uint8).view(tokens, N, width)[:, heads])
 
 
 # --- ranks ---
