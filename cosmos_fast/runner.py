@@ -11,7 +11,7 @@ import functools
 import gc
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from .media_files import Media
 from .outputs import ClipOutputs, OutputFolder, exit_code, sha256
 from .sidecar import build_sidecar
 from .solo import Solo
-from .text import describe_encoder
+from .spec import NEGATIVE_PROMPT
+from .text import describe_encoder, unread
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -127,6 +128,10 @@ def run_batch(
                 clip, fault = (clip, ready) if isinstance(ready, Exception) else (ready, None)
             if fault is None:
                 engine = engine or open_engine(clip.model)
+                cut = unread(engine.text, own_prompts(clip))
+                for note in cut:
+                    report(f"{clip.spec.name}: {note}")
+                clip = replace(clip, notes=(*clip.notes, *cut))
                 try:
                     record = make_clip(engine, clip, outputs, claim, options, stop, progress, team)
                 except Stopped:
@@ -184,6 +189,11 @@ def redo_reason(
     return outputs.redo_reason(
         clip.spec.hash(), is_screened=is_screened, made=made or None, inputs=inputs, **made_with
     )
+
+
+def own_prompts(clip: ClipPlan) -> dict[str, str]:
+    """What the request itself says: the published negative prompt is longer than a small encoder reads, for everybody."""
+    return {key: text for key, text in clip.prompts.items() if text != NEGATIVE_PROMPT}
 
 
 def hashes(clip: ClipPlan) -> dict[str, str]:

@@ -48,6 +48,13 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
     return {"encoder": type(encoder).__name__} if record is None else dict(record)
 
 
+def unread(encoder: TextEncoder, prompts: Mapping[str, str]) -> list[str]:
+    """A line for each prompt, given by its key, of which this encoder knows at once that it reads a part alone."""
+    note = getattr(encoder, "note", None)
+    found = {key: note(prompt) for key, prompt in prompts.items()} if note else {}
+    return [f"{key}: {text}" for key, text in found.items() if text]
+
+
 def prompt_key(prompt: str) -> str:
     """Name of a prompt in an embedding file: SHA-256 of its UTF-8 bytes."""
     return hashlib.sha256(prompt.encode()).hexdigest()
@@ -227,6 +234,11 @@ class TinyText(nn.Module):
         digests = (hashlib.blake2b(token.encode(), digest_size=8).digest() for token in found)
         buckets = [1 + int.from_bytes(digest, "big") % (self.vocabulary - 1) for digest in digests]
         return torch.tensor(buckets + [0] * (self.tokens - len(buckets)), dtype=torch.int64)
+
+    def note(self, prompt: str) -> str:
+        """What a caller should know about this prompt, or nothing."""
+        count = len(_TOKEN.findall(prompt))
+        return "" if count <= self.tokens else f"the first {self.tokens} of {count} words and marks are read."
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Bucket numbers (B, S) to embeddings (B, S, E); the way to train it."""

@@ -52,7 +52,8 @@ def manifest(out: Path) -> list[tuple[str, str]]:
 
 def test_generate_writes_everything_that_was_promised(models: Path, clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    spec = write_spec(tmp_path, "street", clip, edge={}, vis={"control_weight": 0.5}, seed=3)
+    prompt = "A busy street in the evening, photorealistic."
+    spec = write_spec(tmp_path, "street", clip, edge={}, vis={"control_weight": 0.5}, seed=3, prompt=prompt)
     run = generate(models, out, spec)
     assert run.code == 0, run.err
     assert run.out == f"{out / 'street.mp4'}\n"  # stdout is results and nothing else
@@ -72,7 +73,9 @@ def test_generate_writes_everything_that_was_promised(models: Path, clip: Path, 
     assert record["output"]["sha256"] == digests(out)["street.mp4"]
     assert record["output"]["frames"] == 9 and record["output"]["fps"] == "25"
     assert manifest(out) == [("street", "done")] and leftovers(out) == []
-    assert (out / "street.txt").read_text() == "A busy street."
+    assert (out / "street.txt").read_text() == prompt
+    cut = "prompt: the first 8 of 9 words and marks are read."
+    assert cut in record["notes"] and f"street: {cut}" in run.err
 
 
 def test_image_mode_tiles_and_output_dir_of_the_spec(models: Path, clip: Path, tmp_path: Path) -> None:

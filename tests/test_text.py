@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from cosmos_fast.formats import CheckpointError, SpecError
 from cosmos_fast.spec import NEGATIVE_PROMPT
-from cosmos_fast.text import FileText, TextEncoder, TinyText, prompt_key, write_embeddings
+from cosmos_fast.text import FileText, TextEncoder, TinyText, prompt_key, unread, write_embeddings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,6 +122,16 @@ def test_tiny_encoder_reads_words_and_order():
     assert torch.equal(
         text.encode(["one", "two"])[1], text.encode(["two"])[0]
     )  # bits do not depend on the batch
+
+
+def test_what_is_not_read_of_a_prompt_is_told():
+    encoder = TinyText(tokens=4)
+    assert unread(encoder, {"prompt": "a red cube.", "negative_prompt": "dark"}) == []
+    told = unread(encoder, {"prompt": "a red cube, on a table", "negative_prompt": "dark"})
+    assert told == ["prompt: the first 4 of 7 words and marks are read."]
+    long = " ".join("abcdefg")
+    assert torch.equal(encoder.tokenize(long), encoder.tokenize(" ".join("abcd")))
+    assert unread(SimpleNamespace(), {"prompt": long}) == []  # an encoder that does not tell beforehand
 
 
 def test_tiny_buckets_do_not_change():
