@@ -1,7 +1,8 @@
 """8-bit linear layers: the pass that puts them in a network, and the proof that this machine computes them right.
 
 Which layers is the rule of `fp8_weights`; how they multiply is the recipe's `linear`:
-    fp8      codes and steps of `ops_linear8`, made by the kernel before: normalisation, GELU; one kernel for attention's
+    fp8      codes and steps of `ops_linear8`, made by the kernel before: normalisation, GELU, self-attention in 8 bits; a kernel
+             of its own for what other attention gives
     fp8_te   those of Transformer Engine, one scale per tensor: a peer, to compare with
 Parameters keep their names; an 8-bit matrix has its scales beside it as `<name>_scale`.
 """

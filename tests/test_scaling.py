@@ -33,7 +33,7 @@ def test_bytes_of_an_exchange() -> None:
     assert round(sum(exchange_bytes(8)) / 1e6) == 151
     for context in (2, 8):
         (wide, back), (codes, back8) = exchange_bytes(context), exchange_bytes(context, 1)
-        assert (codes, back8) == (wide / 2, back)
+        assert (codes, back8) == (wide / 2, back / 2)
 
 
 def test_sending_is_as_slow_as_the_slower_of_both_ways() -> None:
@@ -56,7 +56,7 @@ def test_an_exchange_hides_under_the_attention_of_another_part() -> None:
     assert exchange_s(1, RATES) == (0.0, 0.0)
 
 
-def test_codes_move_five_eighths_of_the_bytes_and_wait_for_their_means() -> None:
+def test_codes_move_half_of_the_bytes_and_wait_for_their_means() -> None:
     rates = RATES.in_8_bits()
     assert rates.call_s < RATES.call_s and rates.pair_s / RATES.pair_s == pytest.approx(
         rates.call_s / RATES.call_s
@@ -64,8 +64,8 @@ def test_codes_move_five_eighths_of_the_bytes_and_wait_for_their_means() -> None
     for context in (2, 4, 8):
         (wide, narrow) = (sum(exchange_s(context, r)) for r in (RATES, rates))
         means = 48 * 2048 * (context - 1) / (rates.link * 1e9)
-        assert narrow == pytest.approx(5 / 8 * wide + means)
-        assert exchange_s(context, rates)[1] > 5 / 8 * exchange_s(context, RATES)[1]
+        assert narrow == pytest.approx(wide / 2 + means)
+        assert exchange_s(context, rates)[1] > exchange_s(context, RATES)[1] / 2
     assert step(2, 1, rates).total_s < step(2, 1, RATES).total_s
 
 

@@ -10,8 +10,8 @@ A step is two passes of guidance over 93 frames at 720p, or one of the distilled
     (attention + products + pointwise) / context + gaps + exchange that nothing hides + guidance exchange
 
 Every rank sends, per self-attention, the q, k and v of its tokens to those who have the heads and gets its tokens' sums
-back: (3 * b + 2) * L * D bytes * (P - 1) / P^2 with P = context and b = 2 bytes a value of q, k and v, 1 where they travel as codes
-of 8 bits; sums come back in bf16. The heads go in `parts` pieces, and what is sent while another piece is attended is hidden as
+back: 4 * b * L * D bytes * (P - 1) / P^2 with P = context and b = 2 bytes a value, 1 where they travel as codes of 8 bits, both
+ways (recipe fp8). The heads go in `parts` pieces, and what is sent while another piece is attended is hidden as
 far as that attention is long enough. Codes need means and steps of all tokens first: 48 bytes a channel from each rank to each,
 which nothing hides. Standard library only.
 """
@@ -93,9 +93,9 @@ class Step:
 
 
 def exchange_bytes(context: int, operand_bytes: int = 2) -> tuple[float, float]:
-    """Bytes a rank sends for one self-attention: q, k, v out, and the attended values back in bf16."""
+    """Bytes a rank sends for one self-attention: q, k, v out, and the attended values back."""
     values = TOKENS * WIDTH * (context - 1) / context**2
-    return 3 * operand_bytes * values, 2 * values
+    return 3 * operand_bytes * values, operand_bytes * values
 
 
 def send_s(num_bytes: float, peers: int, here: int, rates: Rates) -> float:
