@@ -22,7 +22,7 @@ from . import dispatch
 from .clip_parts import Opening, Piece
 from .clip_plan import BatchPlan, ClipPlan
 from .engine import Engine, Progress, Step
-from .formats import ClipError, CosmosFastError, EnvironmentProblem, Refused
+from .formats import ClipError, CosmosFastError, EnvironmentProblem, MediaError, Refused
 from .guardrails import Guardrails, record_off
 from .guards import Claim, FrameChecks, StopFlag, Stopped
 from .makers import Makers, OnMade
@@ -32,6 +32,7 @@ from .sidecar import build_sidecar
 from .solo import Solo
 from .spec import NEGATIVE_PROMPT
 from .text import describe_encoder, unread
+from .video_sniff import stat_regular
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def redo_reason(
     is_screened = options.guardrails is not None
     try:
         inputs = hashes(clip)
-    except OSError as error:  # making it says the same, and costs this clip alone
+    except MediaError as error:  # making it says the same, and costs this clip alone
         return f"an input cannot be read: {error}"
     return outputs.redo_reason(
         clip.spec.hash(), is_screened=is_screened, made=made or None, inputs=inputs, **made_with
@@ -197,15 +198,20 @@ def own_prompts(clip: ClipPlan) -> dict[str, str]:
 
 
 def hashes(clip: ClipPlan) -> dict[str, str]:
-    """SHA-256 of every file the request names, by its key. Many clips may share a file, and resuming asks twice."""
-    return {
-        key: _sha256(path, (s := path.stat()).st_size, s.st_mtime_ns) for key, path in clip.inputs.items()
-    }
+    """SHA-256 of every file the request names, by its key. Raises MediaError for one that cannot be read."""
+    found = {}
+    for key, path in clip.inputs.items():
+        info = stat_regular(path)
+        found[key] = _sha256(path, info.st_size, info.st_mtime_ns)
+    return found
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)  # many clips may share a file, and resuming asks twice
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    return sha256(path)
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise MediaError(f"{path}: must be readable, got: {error.strerror}.") from None
 
 
 def waiting(clips: Sequence[ClipPlan], folder: OutputFolder, options: Options) -> list[ClipPlan]:
