@@ -94,12 +94,18 @@ def _qkv_sums(r: Random, L: int, N: int, K: int) -> Args:
     return qkv, *rest
 
 
-def _moments_of_sums(r: Random, parts: int, N: int, K: int) -> Args:
+def _moments_of_sums(r: Random, parts: int, N: int, K: int, tokens: int = 500) -> Args:
     sums, ends = (
-        r.normal(parts, 2, N, K, dtype=torch.float64) * 1000,
+        r.normal(parts, 2, N, K, dtype=torch.float64) * 2 * tokens,
         r.normal(parts, 2, N, K, dtype=torch.float32),
     )
-    return sums, ends.sort(1).values + ends.new_tensor([-3, 3])[:, None, None], r.normal(K), r.normal(K), 500
+    return (
+        sums,
+        ends.sort(1).values + ends.new_tensor([-3, 3])[:, None, None],
+        r.normal(K),
+        r.normal(K),
+        tokens,
+    )
 
 
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +130,8 @@ def _codes_packed(
 
 def _values_packed(r: Random, S: int, N: int, K: int) -> Args:
     """The last third of a row, as it arrives beside q and k."""
-    return ((r.normal(S, 3, N, K) * 30).to(torch.float8_e4m3fn)[:, 2],)
+    rows = (r.normal(S, 3, N, K) * 30).to(torch.float8_e4m3fn)
+    return (rows[:, 2] if S else rows.new_empty(0, N, K),)  # nothing lies apart from nothing
 
 
 def _attention_fp8(
@@ -302,12 +309,14 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("small", "small", "a few whole tokens", {"L": 24, **_TINY}),
         Case("chunks", "odd", "several partial sums, the last of few tokens", {"L": 261, "N": 3, "K": 96}),
         Case("one token", "odd", "L = 1", {"L": 1, **_TINY}),
+        Case("empty", "empty", "no token", {"L": 0, **_TINY}),
     ),
     "moments_of_sums": (
         Case("8 ranks", "production", "the published heads", {"parts": 8, **_HEADS}),
         Case("2 ranks", "small", "the smallest exchange", {"parts": 2, **_TINY}),
         Case("one part", "odd", "nothing to add, K no power of two", {"parts": 1, "N": 3, "K": 96}),
         Case("65 parts", "odd", "more than are added at once", {"parts": 65, "N": 1, "K": 32}),
+        Case("empty", "empty", "no token on any rank", {"parts": 2, **_TINY, "tokens": 0}),
     ),
     "qkv_codes": _token_cases(_HEADS, _TINY, [
         _ODD_HEADS, _ONE_HEAD,

@@ -162,7 +162,6 @@ def check_qkv_moments(qkv, q_gain, k_gain, cos, sin, eps) -> None:  # type: igno
 
 def check_qkv_sums(qkv, k_gain, cos, sin, eps) -> None:  # type: ignore[no-untyped-def]
     check_qk(qkv, k_gain, k_gain, cos, sin, eps, "qkv_sums")
-    _check(qkv.shape[0] > 0, "qkv_sums", "there must be at least one token", qkv.shape[0])
 
 
 def check_moments_of_sums(sums, ends, q_gain, k_gain, tokens) -> None:  # type: ignore[no-untyped-def]
@@ -172,7 +171,7 @@ def check_moments_of_sums(sums, ends, q_gain, k_gain, tokens) -> None:  # type: 
     dense = sums.is_contiguous() and ends.is_contiguous()
     rule = f"sums must be contiguous (parts, 2, N, {K}) float64 and ends the same float32"
     _check(fits and kinds and dense, op, rule, got)
-    _check(tokens > 0 < len(sums), op, "there must be a part and a token", (len(sums), tokens))
+    _check(tokens >= 0 < len(sums), op, "there must be a part, and no fewer than 0 tokens", (len(sums), tokens))
 
 
 def check_codes_packed(  # type: ignore[no-untyped-def]

@@ -179,6 +179,17 @@ def test_faults_sees_a_wrong_value_shape_and_nan(op: str) -> None:
             assert testing.faults(op, swapped(wrong), args)
 
 
+def test_faults_takes_an_infinity_where_the_reference_has_it_and_nowhere_else() -> None:
+    empty = next(c for c in CASES["qkv_sums"] if c.group == "empty")
+    args = testing.inputs("qkv_sums", empty, "cpu", torch.float32)
+    sums, ends = testing.eager("qkv_sums", args)
+    assert ends.isinf().all() and testing.faults("qkv_sums", (sums, ends), args) == []
+    assert testing.faults("qkv_sums", (sums, -ends), args) and testing.faults(
+        "qkv_sums", (sums, ends.sign()), args
+    )
+    assert testing.faults("qkv_sums", (sums + torch.inf, ends), args)
+
+
 def test_faults_sees_bf16_statistics() -> None:
     """The ratio rule is sharp enough to tell fp32 statistics from bf16 ones."""
     x, shift, scale, *rest = small_args("adaln", torch.bfloat16)

@@ -307,7 +307,7 @@ def activations(ways: dict[str, Attend8], model: str = "edge/distilled") -> Reco
     noted = Compared(ways)
 
     class Looking(Engine):
-        def _attention(self) -> Any:
+        def _attention(self, heads: int) -> Any:
             return noted
 
     told = json.loads((CLIPS / "table.json").read_text())
