@@ -153,9 +153,10 @@ def _attention_fp8_tiles(r: Random, L: int, S: int, N: int, K: int, pack: int = 
     tiles = torch.rand(N, rows, columns, generator=r.generator, device=r.device).argsort(-1).int()
     lengths = torch.randint(1, columns + 1, (N, rows), generator=r.generator, device=r.device)
     tiles = torch.where(torch.arange(columns, device=r.device) < lengths[..., None], tiles, 10**6)
-    *given, out = _attention_fp8(r, L, S, N, K, pack)
+    q, k, v, score_step, v_step, v_mean, out = _attention_fp8(r, L, S, N, K, pack)
+    given = q, k, v, score_step, v_step, v_mean
     if codes:
-        return *given, torch.float8_e4m3fn, tiles, lengths.int(), attended_steps(*given[4:], 1)
+        return *given, torch.float8_e4m3fn, tiles, lengths.int(), attended_steps(v_step, v_mean, 1)
     return *given, out, tiles, lengths.int()
 
 

@@ -171,7 +171,9 @@ def check_moments_of_sums(sums, ends, q_gain, k_gain, tokens) -> None:  # type: 
     dense = sums.is_contiguous() and ends.is_contiguous()
     rule = f"sums must be contiguous (parts, 2, N, {K}) float64 and ends the same float32"
     _check(fits and kinds and dense, op, rule, got)
-    _check(tokens >= 0 < len(sums), op, "there must be a part, and no fewer than 0 tokens", (len(sums), tokens))
+    _check(
+        tokens >= 0 < len(sums), op, "there must be a part, and no fewer than 0 tokens", (len(sums), tokens)
+    )
 
 
 def check_codes_packed(  # type: ignore[no-untyped-def]
@@ -242,7 +244,7 @@ def _check_out_step(op: str, step: Tensor | None) -> None:
 def check_attended_steps(v_step: Tensor, v_mean: Tensor, rows: int) -> None:
     op, shape = "attended_steps", tuple(v_step.shape)
     _check(len(shape) == 2 and rows >= 0 < v_step.numel(), op, "v_step must be (N, K), rows 0 or more", (shape, rows))  # fmt: skip
-    _check_channels(op, *shape, v_step, v_mean)
+    _check_channels(op, shape[0], shape[1], v_step, v_mean)
 
 
 def check_attention_fp8_tiles(  # type: ignore[no-untyped-def]
