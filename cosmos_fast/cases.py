@@ -95,17 +95,9 @@ def _qkv_sums(r: Random, L: int, N: int, K: int) -> Args:
 
 
 def _moments_of_sums(r: Random, parts: int, N: int, K: int, tokens: int = 500) -> Args:
-    sums, ends = (
-        r.normal(parts, 2, N, K, dtype=torch.float64) * 2 * tokens,
-        r.normal(parts, 2, N, K, dtype=torch.float32),
-    )
-    return (
-        sums,
-        ends.sort(1).values + ends.new_tensor([-3, 3])[:, None, None],
-        r.normal(K),
-        r.normal(K),
-        tokens,
-    )
+    ends = r.normal(parts, 2, N, K, dtype=torch.float32).sort(1).values
+    ends += ends.new_tensor([-3, 3])[:, None, None]
+    return r.normal(parts, 2, N, K, dtype=torch.float64) * 2 * tokens, ends, r.normal(K), r.normal(K), tokens
 
 
 def _channels(r: Random, N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,9 +147,8 @@ def _attention_fp8_tiles(r: Random, L: int, S: int, N: int, K: int, pack: int = 
     tiles = torch.where(torch.arange(columns, device=r.device) < lengths[..., None], tiles, 10**6)
     q, k, v, score_step, v_step, v_mean, out = _attention_fp8(r, L, S, N, K, pack)
     given = q, k, v, score_step, v_step, v_mean
-    if codes:
-        return *given, torch.float8_e4m3fn, tiles, lengths.int(), attended_steps(v_step, v_mean, 1)
-    return *given, out, tiles, lengths.int()
+    steps = (attended_steps(v_step, v_mean, 1),) if codes else ()
+    return *given, torch.float8_e4m3fn if codes else out, tiles, lengths.int(), *steps
 
 
 def _attended_steps(r: Random, N: int, K: int, rows: int) -> Args:

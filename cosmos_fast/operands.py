@@ -171,9 +171,7 @@ def check_moments_of_sums(sums, ends, q_gain, k_gain, tokens) -> None:  # type: 
     dense = sums.is_contiguous() and ends.is_contiguous()
     rule = f"sums must be contiguous (parts, 2, N, {K}) float64 and ends the same float32"
     _check(fits and kinds and dense, op, rule, got)
-    _check(
-        tokens >= 0 < len(sums), op, "there must be a part, and no fewer than 0 tokens", (len(sums), tokens)
-    )
+    _check(tokens >= 0 < len(sums), op, "there must be a part, and 0 or more tokens", (len(sums), tokens))
 
 
 def check_codes_packed(  # type: ignore[no-untyped-def]
