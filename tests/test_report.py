@@ -204,6 +204,23 @@ def test_each_part_of_the_vae_is_of_the_newest_record_that_has_it(place: Path) -
     assert found["vae_decode_s"]["value"] == 2.5 and found["vae_decode_s"]["file"].endswith("a-vae.json")
 
 
+def test_calls_that_the_newest_run_left_out_stay_with_the_run_that_had_them(place: Path) -> None:
+    call = {"variants": {"exact": variant(3.0, 0), "fp8": variant(2.0, 0)}, "recipes": FP8["call"]["recipes"]}
+    newer = {"kind": "fp8", "environment": environment("2026-02-01T00:00:00"), "call": call}
+    (place / "results" / "gpu-x" / "b-fp8.json").write_text(json.dumps(newer))
+    report(place)
+    text, found = (place / "README.md").read_text(), figures(place)
+    assert (
+        text.index("| ours, exact | 3.000 |")
+        < text.index("| ours, exact | 3.250 |")
+        < text.index("Transformer Engine | 3.000")
+    )
+    assert found["denoiser_call_s.fp8"]["value"] == 2.0 and found["denoiser_call_s.fp8_te"]["value"] == 3.0
+    assert "diffusers_compiled" not in found["denoiser_call_s.fp8"]["peer"], (
+        "times are compared within one run"
+    )
+
+
 def test_check_notices_a_stale_readme_and_leaves_it(place: Path) -> None:
     before = (place / "README.md").read_text()
     done = report(place, "--check")

@@ -62,21 +62,33 @@ def budget_table(budget: Mapping[str, Any]) -> Table:
     return ["in 8 bits, relative L2 of a call", *(f"step {s}" for s in steps)], rows
 
 
-PLACES = {"call": call_table, "te_call": call_table, "linears": linear_table, "budget": budget_table}
+CALLS, PLACES = ("call", "te_call"), {"linears": linear_table, "budget": budget_table}
+
+
+def calls(results: Any) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """(file, record, its calls), newest first, of those that have a way which no newer one has."""
+    seen: set[str] = set()
+    for file, record in results.files:
+        for place in CALLS if record.get("kind") == "fp8" else ():
+            call = record.get(place) or {}
+            new = set(call.get("variants", ())) - seen
+            if new:
+                seen |= new
+                yield file, record, call
 
 
 def shown(results: Any, table: Callable[..., str], note: Callable[..., str]) -> str | None:
-    """The newest of each, with its file."""
-    found = [(make, one) for key, make in PLACES.items() if (one := results.own(key, "fp8")) is not None]
+    """The newest of each, with its file; of calls whole runs, for times are only compared within one."""
+    found = [(call_table, one) for one in calls(results)]
+    found += [(make, one) for key, make in PLACES.items() if (one := results.own(key, "fp8")) is not None]
     parts = (f"{table(*make(part))}\n\n{note(file, record)}" for make, (file, record, part) in found)
     return "\n\n".join(parts) or None
 
 
 def figures(results: Any) -> Iterator[tuple[str, float, str, str, dict[str, float]]]:
     """(key, value, unit, file, peers): denoiser_call_s.fp8, .fp8_linear, .fp8_te, denoiser_weights_gib.fp8, ..., linears_ms.fp8."""
-    for place in ("te_call", "call"):  # the second counts where both have a recipe
-        if (found := results.own(place, "fp8")) is not None:
-            yield from _of_calls(found[0], found[2])
+    for file, _, call in reversed(list(calls(results))):  # a newer one counts where both have a recipe
+        yield from _of_calls(file, call)
     if (found := results.own("linears", "fp8")) is not None:
         ways = {way: row["ms"] for way, row in found[2].get("block", {}).items() if "ms" in row}
         if ours := [ms for way, ms in ways.items() if way.startswith("fp8")]:
