@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import roofline
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from denoiser import Bench, Call
 from peers import absent
 from published import gib
+from records import ROOT
 from torch import Tensor, nn
 from watch import Watch
 
@@ -33,7 +35,7 @@ from cosmos_fast.vae_keys import (
 )
 
 SIZE, SMOKE_SIZE = (93, 704, 1280), (9, 32, 48)
-SMALL, SMOKE_SMALL = (17, 352, 640), (5, 24, 32)
+SMALL, CPU_SMALL, SMOKE_SMALL = (17, 352, 640), (9, 96, 160), (5, 24, 32)
 PARTS = ("encode", "decode")
 
 
@@ -126,7 +128,7 @@ def natural(frames: int, height: int, width: int, device: torch.device, seed: in
 
 def compile_kernels(args: argparse.Namespace) -> dict[str, Any]:
     """Compile the convs of the clip side by side, before this process touches the GPU: one by one they take a minute."""
-    if args.smoke or not args.workers:
+    if args.smoke or args.device == "cpu" or not args.workers:
         return {}
     from vae_layers import compiled, ends, in_codes, layers, tiles_of
 
@@ -143,19 +145,27 @@ def compile_kernels(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def told(value: object) -> str:
+    """An argument for the record; files of the checkout by their place in it."""
+    inside = isinstance(value, Path) and value.is_relative_to(ROOT)
+    return str(value.relative_to(ROOT) if inside else value)  # type: ignore[attr-defined]
+
+
 class VAEBench(Bench):
     """Times and records as `Bench` does; what it measures is a VAE."""
 
     def __init__(self, args: argparse.Namespace, environment: dict[str, Any]) -> None:
         self.args, self.started = args, time.perf_counter()
-        self.device = dispatch.pick_device("cpu" if args.smoke else "cuda")
+        self.device = dispatch.pick_device("cpu" if args.smoke else args.device)
         self.config: Any = VAEConfig(base=8) if args.smoke else VAEConfig()
         self.size, self.small = (SMOKE_SIZE, SMOKE_SMALL) if args.smoke else (SIZE, SMALL)
+        if args.device == "cpu" and not args.smoke:
+            self.small = CPU_SMALL
         self.watch = Watch()
         self.peaks: roofline.Peaks | None = None
         self.record: dict[str, Any] = {
             "kind": "vae", "environment": environment,
-            "args": {k: str(v) for k, v in vars(args).items() if k != "out"}, "sections": {}, "cases": {},
+            "args": {k: told(v) for k, v in vars(args).items() if k != "out"}, "sections": {}, "cases": {},
         }  # fmt: skip
 
     def build(self) -> None:

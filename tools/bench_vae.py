@@ -356,6 +356,12 @@ def main(argv: list[str] | None = None) -> int:
         default=ROOT / "examples" / "clips" / "table.mp4",
         help="a real clip for what the mp4 shows",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: for what needs no GPU, such as embedded",
+    )
     parser.add_argument("--deadline-s", type=float, default=125, help="start no section after this")
     parser.add_argument("--commit", help="commit to record where git cannot tell")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: checks this script")
