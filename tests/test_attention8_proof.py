@@ -18,6 +18,7 @@ import attention8_proof as proof  # noqa: E402
 from attention8_rungs import RUNGS  # noqa: E402
 
 from cosmos_fast import reference  # noqa: E402
+from cosmos_fast.engine import Engine  # noqa: E402
 from cosmos_fast.ops_attention8 import Codes  # noqa: E402
 
 RUNG = next(rung for rung in RUNGS if rung.name == "three_lean_sparse")
@@ -119,3 +120,20 @@ def test_a_section_that_fails_is_recorded_and_the_next_goes_on(monkeypatch: pyte
     assert [r["section"] for r in rows[1:]] == ["memory", *["lengths"] * 4]
     late = [r for r in proof.prove(version(), None, options, -1) if "section" in r]
     assert [r["fault"] for r in late] == ["no time left"] * 2
+
+
+def test_activations_are_what_a_clip_of_the_embedded_model_gives_to_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def generate(engine: Engine, spec: Any) -> None:
+        attend, width = engine.network.blocks[0].attend, engine.network.config.head_width
+        gains, tables = torch.ones(2, width), torch.randn(2, 3, width // 2).sin()
+        attend(torch.randn(3, 3 * 2 * width), *gains, *tables, 0)
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(proof, "DEVICE", "cpu")
+    own = lambda q, k, v, *rest: reference.attention_fp8(q, k, v, *rest)  # noqa: E731
+    (row,) = proof.activations({"own": own, "fa3": own})
+    assert (
+        row["layers"] == 1 and row["ok"] and 0.005 < row["mean"]["own"] < 0.1 and row["mean"]["bf16"] < 1e-5
+    )

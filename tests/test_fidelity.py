@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
 import fidelity  # noqa: E402
+import fidelity_engines  # noqa: E402
 import fp8_budget  # noqa: E402
 import published  # noqa: E402
 import report  # noqa: E402
@@ -29,6 +30,7 @@ from cosmos_fast import quant  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
 from cosmos_fast.fp8_weights import is_computed, is_stored  # noqa: E402
 from cosmos_fast.network import Network  # noqa: E402
+from cosmos_fast.recipe import Plan  # noqa: E402
 
 TINY, GRID = NetworkConfig.tiny(), (2, 4, 6)
 
@@ -215,3 +217,13 @@ def test_a_request_of_which_nothing_came_leaves_no_figure_to_report(tmp_path: Pa
     assert record["fidelity"] == {} and not any(goal["passed"] for goal in record["goals"])
     assert "psnr_db.fp8" not in report.figures(report.load(tmp_path / "results"))
     assert "MISSED  psnr_db.fp8" in fidelity.verdict(record)
+
+
+def test_the_engine_that_looks_on_puts_its_own_attention_in_every_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(fidelity_engines.Watched, "layers", looked.append, raising=False)
+    one = fidelity_engines.Watched(model="edge/distilled", plan=Plan(device="cpu"))
+    blocks = [*one.network.blocks, *(block for branch in one.network.control for block in branch.blocks)]
+    assert len(blocks) > 6 and all(block.attend == looked.append for block in blocks)

@@ -72,7 +72,7 @@ class Watched(Engine):
     guidance = 0.0
     binding = False
 
-    def _attention(self) -> Any:
+    def _attention(self, heads: int) -> Any:
         return self.layers
 
     @contextmanager
