@@ -14,6 +14,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import attention8_activations  # noqa: E402
 import attention8_proof as proof  # noqa: E402
 from attention8_rungs import RUNGS  # noqa: E402
 
@@ -131,9 +132,9 @@ def test_activations_are_what_a_clip_of_the_embedded_model_gives_to_attention(
         attend(torch.randn(3, 3 * 2 * width), *gains, *tables, 0)
 
     monkeypatch.setattr(Engine, "generate", generate)
-    monkeypatch.setattr(proof, "DEVICE", "cpu")
+    monkeypatch.setattr(attention8_activations, "DEVICE", "cpu")
     own = lambda q, k, v, *rest: reference.attention_fp8(q, k, v, *rest)  # noqa: E731
-    (row,) = proof.activations({"own": own, "fa3": own})
+    (row,) = attention8_activations.activations({"own": own, "fa3": own})
     assert (
         row["layers"] == 1 and row["ok"] and 0.005 < row["mean"]["own"] < 0.1 and row["mean"]["bf16"] < 1e-5
     )
