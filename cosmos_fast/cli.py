@@ -125,7 +125,7 @@ def generate(specs: tuple[Path, ...], **options: Any) -> None:
 
 def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> None:
     from .guards import StopFlag, Stopped
-    from .outputs import ALL_REFUSED, OutputFolder
+    from .outputs import OutputFolder, of_all
     from .progress import Progress
     from .recipe import Plan, Recipe
     from .sidecar import environment
@@ -167,7 +167,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
         made = [clip for clip in batch.clips if outcome.status[clip.name][0] in ("done", "skipped")]
         for clip in made:
             click.echo(folder.clip(clip.name).media(clip.frames))
-        sys.exit(1 if some_invalid and outcome.exit_code in (0, ALL_REFUSED) else outcome.exit_code)
+        sys.exit(of_all([outcome.exit_code, 1] if some_invalid else [outcome.exit_code]))
     from .engine import Engine
     from .models import locate, locate_vae
     from .report import gpu_record
@@ -218,7 +218,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
             sys.exit(team.close(stopped.exit_code))
     for name in (*summary.skipped, *summary.done):
         click.echo(folder.clip(name).media(next(c.frames for c in batch.clips if c.name == name)))
-    sys.exit(team.close(1 if some_invalid else summary.exit_code))
+    sys.exit(team.close(of_all([summary.exit_code, 1] if some_invalid else [summary.exit_code])))
 
 
 @main.command()

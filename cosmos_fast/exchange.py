@@ -115,9 +115,8 @@ class SparseFp8Attend:
 
     def __call__(self, operands: Operands, out: torch.dtype) -> Tensor:
         codes = _codes(operands, True)
-        codes = replace(
-            codes, q=codes.q.contiguous(), k=codes.k.contiguous()
-        )  # the estimate reads dense rows
+        # The estimate reads dense rows.
+        codes = replace(codes, q=codes.q.contiguous(), k=codes.k.contiguous())
         tiles = ops_tiles.estimated_tiles(codes, self.share, self.mass)
         return ops_tiles.attention_fp8_tiles(codes, tiles, out, _step(operands, out))[0]
 

@@ -72,6 +72,12 @@ def exit_code(statuses: Iterable[str]) -> int:
     return ALL_REFUSED if found == {"refused"} else 1
 
 
+def of_all(codes: Iterable[int]) -> int:
+    """One exit code of several parts of a run: the gravest; ALL_REFUSED only where every part says so."""
+    found = set(codes)
+    return max(found if len(found) == 1 else {1 if code == ALL_REFUSED else code for code in found})
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

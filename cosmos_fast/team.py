@@ -28,7 +28,7 @@ from .formats import ClipError, CosmosFastError
 from .launch import die_with_parent
 from .layout import Layout
 from .motion import Motion, place
-from .outputs import ALL_REFUSED
+from .outputs import of_all
 from .parallel import Ranks, join
 from .solo import Solo
 from .team_store import LEFT, Pulse, connect, put, take, text
@@ -168,8 +168,8 @@ class Team(Solo):
             self._tell(("end", exit_code))
             self.store.set(f"ended/{self.group}", str(exit_code))
         if not self.is_supervised:
-            codes = {int(self.store.get(self._await(f"ended/{g}"))) for g in range(self.layout.groups)}
-            exit_code = max(codes if len(codes) == 1 else {1 if c == ALL_REFUSED else c for c in codes})
+            ends = (self.store.get(self._await(f"ended/{g}")) for g in range(self.layout.groups))
+            exit_code = of_all(int(code) for code in ends)
         self._closed.set()
         self._thread.join()
         self.store.set(f"beat/{self.ranks.rank}", LEFT)

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 
 #include "attention8.h"
+#include "e4m3.cuh"
 #include "hopper.cuh"
 
 namespace cosmos_fast::attention8 {

@@ -249,18 +249,6 @@ COSMOS_PRODUCT(192, 96, 96, 97, 98, 99, 100)
 #undef COSMOS_R16_4
 #undef COSMOS_R16_5
 
-// Four floats as e4m3, rounded to nearest, limited to +-448; the first in the lowest byte.
-__device__ __forceinline__ uint32_t e4m3x4(float a, float b, float c, float d) {
-  uint32_t packed;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}"
-      : "=r"(packed)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return packed;
-}
-
 __device__ __forceinline__ float exp2_unit(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

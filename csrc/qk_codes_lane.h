@@ -12,6 +12,7 @@
 #include <cstring>
 
 #ifdef __CUDACC__
+#include "e4m3.cuh"
 #define COSMOS_BOTH __host__ __device__ __forceinline__
 #else
 #define COSMOS_BOTH inline
@@ -111,16 +112,7 @@ inline uint32_t code_of(float x) {
 // e4m3 codes of four values, the first in the lowest byte. NaN stays NaN.
 COSMOS_BOTH uint32_t codes_of(float a, float b, float c, float d) {
 #ifdef __CUDA_ARCH__
-  uint32_t word;
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n"
-      "}"
-      : "=r"(word)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return word;
+  return e4m3x4(a, b, c, d);
 #else
   return code_of(d) << 24 | code_of(c) << 16 | code_of(b) << 8 | code_of(a);
 #endif

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from cosmos_fast.kernels.launch import Config, on_device_of
-from cosmos_fast.kernels.qkv_codes import _power_of_two as power_of_two
+from cosmos_fast.kernels.qkv_codes import power_of_two
 from torch import Tensor
 
 STEPS = Config(4096, 4)

@@ -28,29 +28,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from cosmos_fast.kernels.attention8 import token_at
 from cosmos_fast.kernels.launch import Config, on_device_of
-from cosmos_fast.kernels.norm_rope import normed_rotated, travels_from
+from cosmos_fast.kernels.norm_rope import normed_rotated
+from cosmos_fast.kernels.value_codes import E4M3, VALUES, begins, sent_from, store_codes, write_v_codes
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
 # Tokens of one program and warps; not measured yet.
 MOMENTS = Config(128, 8)
 CODES = Config(1, 4)
 ROTATED = Config(4, 4)
-VALUES = Config(128, 8)
 RESTORED = Config(16, 8)
 
 
 @triton.jit
-def _store_codes(out, x, keep):
-    """What is too large saturates; NaN stays NaN."""
-    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out, x.to(out.dtype.element_ty), keep)
-
-
-@triton.jit
-def _power_of_two(x):
+def power_of_two(x):
     """The next one above x >= 0, 1 for 0; NaN for what is not finite."""
     above = (((x.to(tl.int32, bitcast=True) >> 23) + 1) << 23).to(tl.float32, bitcast=True)
     return tl.where(x == 0, 1.0, tl.where(x < float("inf"), above, float("nan")))
@@ -139,18 +130,18 @@ def _moments_finish_kernel(
     keep, to = cols < NK, cols
     count = tl.maximum(L, 1).to(tl.float64)
     # Exact divisions: many a mean and peak is a round number, which a last bit would move past a power of two.
-    unit = _power_of_two(tl.where(L > 0, tl.maximum(tl.abs(high), tl.abs(low)), 0.0) * 0.00390625)
+    unit = power_of_two(tl.where(L > 0, tl.maximum(tl.abs(high), tl.abs(low)), 0.0) * 0.00390625)
     mean = (values / count).to(tl.float32)
     mean = tl.floor(tl.div_rn(mean, unit) + 0.5) * unit
     peak = tl.maximum(high - mean, mean - low)
     tl.store(k_mean + to, (keys / count).to(tl.float32), keep)
     tl.store(v_mean + to, mean, keep)
-    tl.store(v_step + to, _power_of_two(tl.div_rn(tl.where(L > 0, peak, 0.0), 448.0)), keep)
+    tl.store(v_step + to, power_of_two(tl.div_rn(tl.where(L > 0, peak, 0.0), 448.0)), keep)
     if tl.program_id(0) == 0:
         at = tl.arange(0, BLOCK_K)
         q_most = tl.max(tl.abs(tl.load(q_gain + at, at < K, 0.0).to(tl.float32)), 0)
         k_most = tl.max(tl.abs(tl.load(k_gain + at, at < K, 0.0).to(tl.float32)), 0)
-        q_unit, k_unit = _power_of_two(q_most * root / 448.0), _power_of_two(2 * k_most * root / 448.0)
+        q_unit, k_unit = power_of_two(q_most * root / 448.0), power_of_two(2 * k_most * root / 448.0)
         tl.store(steps, q_unit)
         tl.store(steps + 1, k_unit)
         tl.store(steps + 2, q_unit * k_unit / root)
@@ -168,18 +159,6 @@ def _hadamard(low, high, root, HALF: tl.constexpr, PRECISION: tl.constexpr):
     a = tl.dot(low, signs, input_precision=PRECISION)
     b = tl.dot(high, signs, input_precision=PRECISION)
     return (a + b) / root, (a - b) / root
-
-
-@triton.jit
-def _begins(
-    which, head, token, L, N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Where q, k or v (which) of a head begins: in its own (L, N, K), or with COLUMNS where ranks send it from."""
-    if COLUMNS > 0:
-        place = travels_from(which, head, token, L, K, HEADS, COLUMNS, PARTS)
-    else:
-        place = (token * N + head) * K
-    return place
 
 
 @triton.jit
@@ -210,34 +189,12 @@ def _qk_codes_kernel(
         q_low, q_high = _hadamard(q_low, q_high, root, HALF, PRECISION)
         k_low, k_high = _hadamard(k_low, k_high, root, HALF, PRECISION)
     q_unit, k_unit = tl.load(steps), tl.load(steps + 1)
-    to = _begins(0, heads, token, L, N, K, HEADS, COLUMNS, PARTS) + cols
-    _store_codes(q_out + to, q_low.to(tl.float32) / q_unit, keep)
-    _store_codes(q_out + to + HALF, q_high.to(tl.float32) / q_unit, keep)
-    to = _begins(1, heads, token, L, N, K, HEADS, COLUMNS, PARTS) + cols
-    _store_codes(k_out + to, k_low.to(tl.float32) / k_unit, keep)
-    _store_codes(k_out + to + HALF, k_high.to(tl.float32) / k_unit, keep)
-
-
-@triton.jit
-def v_codes_kernel(
-    qkv, v_mean, v_step, out, L, padded, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PACK: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    head, cols = tl.program_id(1), tl.arange(0, BLOCK_K)[None, :]
-    place = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    token = place
-    if PACK:
-        token = token_at(place)
-    keep, at = (token < L) & (cols < K), head * K + cols
-    x = tl.load(qkv + token * (3 * N * K) + 2 * N * K + at, keep, 0.0, eviction_policy="evict_first")
-    mean, step = tl.load(v_mean + at, cols < K, 0.0), tl.load(v_step + at, cols < K, 1.0)
-    value = tl.where(keep, (x.to(tl.float32) - mean) / step, 0.0)
-    if PACK:
-        across, down = tl.trans(place), tl.arange(0, BLOCK_K)[:, None]
-        to = out + (head * K + down).to(tl.int64) * padded + across
-        _store_codes(to, tl.trans(value), (across < padded) & (down < K))
-    else:
-        _store_codes(out + _begins(2, head, token, L, N, K, HEADS, COLUMNS, PARTS) + cols, value, keep)
+    to = begins(0, heads, token, L, N, K, HEADS, COLUMNS, PARTS) + cols
+    store_codes(q_out + to, q_low.to(tl.float32) / q_unit, keep)
+    store_codes(q_out + to + HALF, q_high.to(tl.float32) / q_unit, keep)
+    to = begins(1, heads, token, L, N, K, HEADS, COLUMNS, PARTS) + cols
+    store_codes(k_out + to, k_low.to(tl.float32) / k_unit, keep)
+    store_codes(k_out + to + HALF, k_high.to(tl.float32) / k_unit, keep)
 
 
 @triton.jit
@@ -252,7 +209,7 @@ def _restored_kernel(
     for row in range(first, min(first + TOKENS, L)):
         value = tl.load(x + row * NK + cols, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
         if CODES:
-            _store_codes(out + row * NK + cols, (value * step + mean) * unit, keep)
+            store_codes(out + row * NK + cols, (value * step + mean) * unit, keep)
         else:
             tl.store(out + row * NK + cols, (value * step + mean).to(out.dtype.element_ty), keep)
 
@@ -358,8 +315,7 @@ def _write_codes(
         return
     q, k, v = outs
     cos, sin = _tables(cos, sin)
-    heads = N // max(columns, 1)
-    sent = {"HEADS": heads, "COLUMNS": columns, "PARTS": min(parts, heads)}
+    sent = sent_from(N, columns, parts)
     config = config or (ROTATED if rotate else CODES)
     BLOCK_N = triton.next_power_of_2(N)
     tokens = max(config.block, 16 // BLOCK_N) if rotate else config.block  # a product has 16 rows at least
@@ -370,10 +326,7 @@ def _write_codes(
             BLOCK_HALF=triton.next_power_of_2(K // 2), ROTATE=rotate,
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", **sent, num_warps=config.warps,
         )  # fmt: skip
-        v_codes_kernel[(triton.cdiv(L, v_config.block), N)](
-            qkv, v_mean, v_step, v, L, triton.cdiv(L, 16) * 16, N=N, K=K, TOKENS=v_config.block,
-            BLOCK_K=triton.next_power_of_2(K), PACK=pack, **sent, num_warps=v_config.warps,
-        )  # fmt: skip
+        write_v_codes(qkv, v_mean, v_step, v, pack, v_config, columns, parts)
 
 
 def values_restored(

@@ -1,11 +1,78 @@
-"""Codes of v alone, by the kernel of `qkv_codes`, where another one makes those of q and k: csrc/qk_codes.cu."""
+"""Codes of v: where v leaves the packed projection beside q and k (`qkv_codes`), or alone, beside csrc/qk_codes.cu.
+
+codes = (v - v_mean) / v_step, as they are, packed for tensor cores, or where ranks send them from.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
+import triton.language as tl
+from cosmos_fast.kernels.attention8 import token_at
 from cosmos_fast.kernels.launch import Config, on_device_of
-from cosmos_fast.kernels.qkv_codes import E4M3, VALUES, v_codes_kernel
+from cosmos_fast.kernels.norm_rope import travels_from
 from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+VALUES = Config(128, 8)  # tokens of one program and warps; not measured yet
+
+
+@triton.jit
+def store_codes(out, x, keep):
+    """What is too large saturates; NaN stays NaN."""
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out, x.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def begins(
+    which, head, token, L, N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Where q, k or v (which) of a head begins: in its own (L, N, K), or with COLUMNS where ranks send it from."""
+    if COLUMNS > 0:
+        place = travels_from(which, head, token, L, K, HEADS, COLUMNS, PARTS)
+    else:
+        place = (token * N + head) * K
+    return place
+
+
+@triton.jit
+def _v_codes_kernel(
+    qkv, v_mean, v_step, out, L, padded, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PACK: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    head, cols = tl.program_id(1), tl.arange(0, BLOCK_K)[None, :]
+    place = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    token = place
+    if PACK:
+        token = token_at(place)
+    keep, at = (token < L) & (cols < K), head * K + cols
+    x = tl.load(qkv + token * (3 * N * K) + 2 * N * K + at, keep, 0.0, eviction_policy="evict_first")
+    mean, step = tl.load(v_mean + at, cols < K, 0.0), tl.load(v_step + at, cols < K, 1.0)
+    value = tl.where(keep, (x.to(tl.float32) - mean) / step, 0.0)
+    if PACK:
+        across, down = tl.trans(place), tl.arange(0, BLOCK_K)[:, None]
+        to = out + (head * K + down).to(tl.int64) * padded + across
+        store_codes(to, tl.trans(value), (across < padded) & (down < K))
+    else:
+        store_codes(out + begins(2, head, token, L, N, K, HEADS, COLUMNS, PARTS) + cols, value, keep)
+
+
+def sent_from(heads: int, columns: int, parts: int) -> dict[str, int]:
+    """What `begins` asks; columns and parts 0 where nothing travels."""
+    own = heads // max(columns, 1)
+    return {"HEADS": own, "COLUMNS": columns, "PARTS": min(parts, own)}
+
+
+def write_v_codes(
+    qkv: Tensor, v_mean: Tensor, v_step: Tensor, out: Tensor, pack: bool, config: Config, columns: int = 0, parts: int = 0
+) -> None:  # fmt: skip
+    """Codes of v into `out`; pack: see `value_codes`; columns, parts: as for `sent_from`."""
+    L, (N, K) = qkv.shape[0], v_mean.shape
+    _v_codes_kernel[(triton.cdiv(L, config.block), N)](
+        qkv, v_mean, v_step, out, L, triton.cdiv(L, 16) * 16, N=N, K=K, TOKENS=config.block,
+        BLOCK_K=triton.next_power_of_2(K), PACK=pack, **sent_from(N, columns, parts), num_warps=config.warps,
+    )  # fmt: skip
 
 
 def value_codes(
@@ -13,12 +80,8 @@ def value_codes(
 ) -> Tensor:
     """e4m3 codes of v (L, N, K), or packed (N, K, L up to 16). config.block: tokens of one program."""
     L, (N, K) = qkv.shape[0], v_mean.shape
-    columns = triton.cdiv(L, 16) * 16
-    out = qkv.new_empty((N, K, columns) if pack else (L, N, K), dtype=E4M3)
+    out = qkv.new_empty((N, K, triton.cdiv(L, 16) * 16) if pack else (L, N, K), dtype=E4M3)
     if out.numel():
         with on_device_of(qkv):
-            v_codes_kernel[(triton.cdiv(L, config.block), N)](
-                qkv, v_mean, v_step, out, L, columns, N=N, K=K, TOKENS=config.block, BLOCK_K=triton.next_power_of_2(K),
-                PACK=pack, HEADS=N, COLUMNS=0, PARTS=0, num_warps=config.warps,
-            )  # fmt: skip
+            write_v_codes(qkv, v_mean, v_step, out, pack, config)
     return out

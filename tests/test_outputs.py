@@ -400,3 +400,15 @@ def test_manifest_takes_lines_from_two_processes(folder: OutputFolder) -> None:
     assert (folder.root / "manifest.jsonl").read_bytes().count(b"\n") == len(lines) == 200
     for who in "ab":
         assert [m["name"] for m in lines if m["name"][0] == who] == [f"{who}{i}" for i in range(100)]
+
+
+def test_a_run_in_parts_ends_with_its_gravest_code_and_was_refused_only_as_a_whole() -> None:
+    assert [outputs.of_all(codes) for codes in ([0], [4], [4, 4], [0, 4], [4, 1], [3, 4], [0, 130])] == [
+        0,
+        4,
+        4,
+        1,
+        1,
+        3,
+        130,
+    ]
