@@ -62,7 +62,7 @@ _CODES_TWIN = triton("qkv_codes", "qkv_codes", capability=ADA_UP)
 
 def _own_codes(twin: Candidate) -> Candidate:
     """The CUDA kernel for operands that it takes, its Triton twin for others and for v."""
-    values = triton("value_codes", "value_codes")
+    values = triton("qkv_codes", "value_codes")
 
     def loaded() -> Callable[..., Any]:
         return codes8.load_own(twin.load(), values.load())

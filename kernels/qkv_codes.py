@@ -30,13 +30,14 @@ import triton
 import triton.language as tl
 from cosmos_fast.kernels.launch import Config, on_device_of
 from cosmos_fast.kernels.norm_rope import normed_rotated
-from cosmos_fast.kernels.value_codes import E4M3, VALUES, begins, sent_from, store_codes, write_v_codes
+from cosmos_fast.kernels.value_codes import E4M3, begins, sent_from, store_codes, write_v_codes
 from torch import Tensor
 
 # Tokens of one program and warps; not measured yet.
 MOMENTS = Config(128, 8)
 CODES = Config(1, 4)
 ROTATED = Config(4, 4)
+VALUES = Config(128, 8)
 RESTORED = Config(16, 8)
 
 
@@ -327,6 +328,18 @@ def _write_codes(
             PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", **sent, num_warps=config.warps,
         )  # fmt: skip
         write_v_codes(qkv, v_mean, v_step, v, pack, v_config, columns, parts)
+
+
+def value_codes(
+    qkv: Tensor, v_mean: Tensor, v_step: Tensor, pack: bool, *, config: Config = VALUES
+) -> Tensor:
+    """e4m3 codes of v (L, N, K), or packed (N, K, L up to 16). config.block: tokens of one program."""
+    L, (N, K) = qkv.shape[0], v_mean.shape
+    out = qkv.new_empty((N, K, triton.cdiv(L, 16) * 16) if pack else (L, N, K), dtype=E4M3)
+    if out.numel():
+        with on_device_of(qkv):
+            write_v_codes(qkv, v_mean, v_step, out, pack, config)
+    return out
 
 
 def values_restored(

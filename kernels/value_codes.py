@@ -1,4 +1,4 @@
-"""Codes of v: where v leaves the packed projection beside q and k (`qkv_codes`), or alone, beside csrc/qk_codes.cu.
+"""The kernel for codes of v, for `qkv_codes` with q and k and, beside csrc/qk_codes.cu, alone; where codes are written.
 
 codes = (v - v_mean) / v_step, as they are, packed for tensor cores, or where ranks send them from.
 """
@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from cosmos_fast.kernels.attention8 import token_at
-from cosmos_fast.kernels.launch import Config, on_device_of
+from cosmos_fast.kernels.launch import Config
 from cosmos_fast.kernels.norm_rope import travels_from
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-VALUES = Config(128, 8)  # tokens of one program and warps; not measured yet
 
 
 @triton.jit
@@ -67,21 +66,9 @@ def sent_from(heads: int, columns: int, parts: int) -> dict[str, int]:
 def write_v_codes(
     qkv: Tensor, v_mean: Tensor, v_step: Tensor, out: Tensor, pack: bool, config: Config, columns: int = 0, parts: int = 0
 ) -> None:  # fmt: skip
-    """Codes of v into `out`; pack: see `value_codes`; columns, parts: as for `sent_from`."""
+    """Codes of v into `out`; config.block: tokens of one program; pack: see `qkv_codes.value_codes`; columns, parts: as for `sent_from`."""
     L, (N, K) = qkv.shape[0], v_mean.shape
     _v_codes_kernel[(triton.cdiv(L, config.block), N)](
         qkv, v_mean, v_step, out, L, triton.cdiv(L, 16) * 16, N=N, K=K, TOKENS=config.block,
         BLOCK_K=triton.next_power_of_2(K), PACK=pack, **sent_from(N, columns, parts), num_warps=config.warps,
     )  # fmt: skip
-
-
-def value_codes(
-    qkv: Tensor, v_mean: Tensor, v_step: Tensor, pack: bool, *, config: Config = VALUES
-) -> Tensor:
-    """e4m3 codes of v (L, N, K), or packed (N, K, L up to 16). config.block: tokens of one program."""
-    L, (N, K) = qkv.shape[0], v_mean.shape
-    out = qkv.new_empty((N, K, triton.cdiv(L, 16) * 16) if pack else (L, N, K), dtype=E4M3)
-    if out.numel():
-        with on_device_of(qkv):
-            write_v_codes(qkv, v_mean, v_step, out, pack, config)
-    return out

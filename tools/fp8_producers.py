@@ -21,7 +21,7 @@ CONSTANTS = {
     "restored": "RESTORED",
     "q, k, not rotated": "CODES",
 }
-"""Group of launch choices -> constant that kernels/qkv_codes.py launches with (VALUES lies in value_codes.py)."""
+"""Group of launch choices -> constant of kernels/qkv_codes.py."""
 WORTH = 0.99
 """A choice must take less than so much of the present one's time to be named instead of it."""
 
