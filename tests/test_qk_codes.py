@@ -205,8 +205,7 @@ def test_the_kernel_comes_first_and_its_twin_behind_it() -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize("pack", [False, True])
 def test_values_alone_are_those_made_beside_q_and_k(pack: bool) -> None:
-    from cosmos_fast.kernels.qkv_codes import qkv_codes
-    from cosmos_fast.kernels.qkv_codes import value_codes
+    from cosmos_fast.kernels.qkv_codes import qkv_codes, value_codes
 
     *given, _, eps = operands(131, 2, 32, dtype=torch.float16)
     alone = value_codes(given[0], *given[6:8], pack)
