@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -28,6 +29,7 @@ from .formats import EnvironmentProblem, cuts
 from .ops_attention8 import E4M3, Codes, Moments
 from .ops_linear8 import Quantised
 from .parallel import Exchange, Group, Shard
+from .streams import in_turns
 
 Tensors = tuple[Tensor, ...]
 
@@ -188,7 +190,7 @@ class Exchanged:
     """A SelfAttention over the tokens of all ranks of `group`.
 
     parts: into how many parts a rank's heads are cut at most, so that the exchange of one part runs beneath the attention
-    of another. It changes no value. cos and sin are those of all tokens, on every rank.
+    of another; their attentions follow each other without a gap (`streams`). It changes no value. cos and sin are those of all tokens, on every rank.
     """
 
     group: Group
@@ -235,12 +237,16 @@ class Exchanged:
             operands = self.produce(qkv, q_gain, k_gain, *here, grid.shard)
             shared = operands.shared
             arriving = [_send(operands, part, grid) for part in parts]
-        returning = [_send_back(self.attend(sent(), kind), grid) for sent in arriving]
+        returning = in_turns([partial(self._attended, sent, kind, grid) for sent in arriving], qkv.device)
         out = qkv.new_empty(Lr, grid.columns, per_column, K, dtype=kind)
         for part, exchange in zip(parts, returning, strict=True):
             own = exchange.wait().view(out.dtype).view(grid.columns, Lr, part.stop - part.start, K)
             out[:, :, part].copy_(own.transpose(0, 1))
         return out.view(Lr, -1), shared
+
+    def _attended(self, sent: Callable[[], Operands], kind: torch.dtype, grid: Grid) -> Exchange:
+        """What was sent, awaited and attended, on its way back."""
+        return _send_back(self.attend(sent(), kind), grid)
 
 
 @dataclass(frozen=True)

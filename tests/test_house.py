@@ -28,7 +28,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     2: ("ops", "dispatch operands"),
     3: (
         "quant parallel",
-        "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8 ops_tiles ops_vae ops_exchange copies peer_memory",
+        "self_attention self_attention8 ops_attention8 linears te_linears ops_linear8 ops_tiles ops_vae ops_exchange copies peer_memory streams",
     ),
     4: (
         "network vae text text_cache depth segmentation tiny_style style guardrails",
