@@ -40,8 +40,10 @@ from trace import trace  # noqa: E402
 import published  # noqa: E402
 import scaling_clip  # noqa: E402
 import scaling_exchange  # noqa: E402
+import scaling_networks  # noqa: E402
 from published import relative_l2  # noqa: E402
 from records import destination, environment  # noqa: E402
+from scaling_networks import ALONE, LOOPS  # noqa: E402
 from scaling_ranks import Parent, Traffic, fault_file, read, write  # noqa: E402
 from scaling_summary import links, summary  # noqa: E402
 from scaling_trace import overlap, profiled  # noqa: E402
@@ -49,18 +51,15 @@ from watch import Sample, Watch, reader  # noqa: E402
 
 from cosmos_fast import dispatch, parallel, sampler, testing  # noqa: E402
 from cosmos_fast.config import NetworkConfig  # noqa: E402
-from cosmos_fast.exchange import Exchanged  # noqa: E402
 from cosmos_fast.formats import EnvironmentProblem  # noqa: E402
-from cosmos_fast.network import Network, Single  # noqa: E402
-from cosmos_fast.parallel import Group, Halves, Mesh, Ranks  # noqa: E402
+from cosmos_fast.parallel import Group, Mesh, Ranks  # noqa: E402
 from cosmos_fast.peer_memory import open_copies  # noqa: E402
 from cosmos_fast.recipe import Plan  # noqa: E402
 
 LIMITS_S = {"link": 45.0, "copies": 45.0, "loops": 130.0, "trace": 60.0, "exchange": 60.0, "distilled": 130.0}
 """Sections in order of importance, and how long each may take; the first also joins the ranks."""
-LOOPS = ("one", "cfg2", "context2", "copies2")
 GRID, SMOKE_GRID = (24, 88, 160), (3, 8, 12)
-CLIP_ROUNDS = 2
+CLIP_ROUNDS, CALLS = 2, 4
 
 
 class Bench:
@@ -121,20 +120,10 @@ class Bench:
 
     @cached_property
     def bound(self) -> dict[str, Any]:
-        """Both passes of one GPU, of two that take one pass each, of two that share the tokens; "single": one pass of one."""
-        with torch.no_grad():
-            state = published.random_state(self.config, 0, self.device)
-            alone = published.build(self.config, state, self.device, torch.bfloat16)
-        single, pair = published.bind(alone, self.given)
-        halves = Halves(Single(alone, (pair.cond, pair.uncond)[self.cfg.cfg.rank]), self.cfg.cfg)
-        bound = {"one": pair, "cfg2": halves, "single": single}
-        for name, group in (("context2", self.context.context), ("copies2", self.by_copies)):
-            if group is not None:
-                with torch.device("meta"):
-                    shared = Network(self.config, Exchanged(group), group)
-                shared.load_state_dict(alone.state_dict(), strict=True, assign=True)
-                bound[name] = published.bind(shared.eval().requires_grad_(False), self.given)[1]
-        return bound
+        """Both passes of one GPU, of two that take one pass each, of two that share the tokens; see scaling_networks."""
+        given, wanted = self.given, self.args.loops.split(",")
+        groups = self.cfg.cfg, self.context.context, self.by_copies
+        return scaling_networks.bound(wanted, self.config, given, self.device, *groups)
 
     @cached_property
     def by_copies(self) -> Group | None:
@@ -199,7 +188,7 @@ class Bench:
 
         for name in names:  # the first call compiles kernels and makes the communicator of its group
             sent = self.traffic.sent
-            first_s = self.timed(lambda: self.bound[name](z, 0), "first", alone=name == "one")  # noqa: B023
+            first_s = self.timed(lambda: self.bound[name](z, 0), "first", alone=name not in ALONE)  # noqa: B023
             loops[name] = {
                 "steps": steps,
                 "runs_s": [],
@@ -208,24 +197,27 @@ class Bench:
             }
         for turn in range(self.args.rounds):
             for name in names if turn % 2 == 0 else reversed(names):
-                loops[name]["runs_s"].append(self.timed(lambda: run(name), name, alone=name == "one"))  # noqa: B023
+                loops[name]["runs_s"].append(self.timed(lambda: run(name), name, alone=name not in ALONE))  # noqa: B023
                 loops[name]["step_s"] = median(loops[name]["runs_s"]) / steps
                 loops[name]["gpus"] = self.clocks(name)
                 self.save()
-        one = results.get("one")  # rank 0's
-        if one is not None:
-            others = {name: x for name, x in results.items() if name != "one"}
+        pairs = {
+            name: (results[name], results[of])
+            for name, of in ALONE.items()
+            if name in results and of in results
+        }
+        if pairs:  # on rank 0
             self.record["equal"] = {
-                "bitwise": {name: bool(torch.equal(x, one)) for name, x in others.items()},
-                "relative_l2": {name: relative_l2(x, one) for name, x in others.items()},
-                "finite": bool(torch.isfinite(one).all()),
+                "bitwise": {name: bool(torch.equal(*pair)) for name, pair in pairs.items()},
+                "relative_l2": {name: relative_l2(*pair) for name, pair in pairs.items()},
+                "finite": all(bool(torch.isfinite(x).all()) for x in results.values()),
             }
 
     def trace(self) -> None:
         """Of a step of two GPUs, how much of the exchange is hidden; kernels of one pass on one, for tools/scaling.py."""
         z = self.given.z[None]
         found = self.record["overlap"] = {}
-        names = [name for name in self.wanted() if name != "one"]
+        names = [name for name in self.wanted() if name in ALONE]
         for name in names:
             self.bound[name](z, 0)
             self.together()
@@ -292,7 +284,8 @@ class Bench:
         for name, call, wanted in scaling_exchange.calls(qkv, table, self.context.context, self.by_copies):
             try:
                 rows[name] = scaling_exchange.equality(call, wanted, qkv.shape[0], self.context.context)
-                rows[name]["ms"] = 1e3 * median(self.timed(call, "exchange") for _ in range(3))
+                again = partial(lambda call: [call() for _ in range(CALLS)], call)
+                rows[name]["ms"] = 1e3 * median(self.timed(again, "exchange") / CALLS for _ in range(3))
             except (RuntimeError, EnvironmentProblem) as error:  # of an operand, so the same on both ranks
                 rows[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
             self.save()

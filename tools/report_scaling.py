@@ -8,6 +8,7 @@ from typing import Any
 LOOPS = {
     "one": "base, a step, 1 GPU", "cfg2": "base, a step, 2 GPUs, cfg=2", "context2": "base, a step, 2 GPUs, context=2",
     "copies2": "base, a step, 2 GPUs, context=2, exchange by copies",
+    "fp8_one": "base, a step, 1 GPU, fp8", "fp8_copies2": "base, a step, 2 GPUs, context=2, by copies, fp8",
 }  # fmt: skip
 CLIPS = {
     "one": "distilled clip to its frames, 1 GPU",
@@ -18,11 +19,12 @@ HEAD = ["random weights, 93 frames, 720p", "s", "speed over 1 GPU", "% of ideal"
 
 
 def gains(record: dict[str, Any]) -> dict[str, float]:
-    """Seconds of one GPU over those of two: cfg2 and context2 of a step, distilled2 of a clip."""
+    """Seconds of one GPU over those of two: each loop of a step, distilled2 of a clip."""
     loops, clips, found = record.get("loops", {}), record.get("distilled", {}), {}
-    for name in ("cfg2", "context2", "copies2"):
-        if {"one", name} <= set(loops):
-            found[name] = loops["one"]["step_s"] / loops[name]["step_s"]
+    for name in LOOPS:
+        alone = "fp8_one" if name.startswith("fp8") else "one"
+        if name != alone and {alone, name} <= set(loops):
+            found[name] = loops[alone]["step_s"] / loops[name]["step_s"]
     if {"one", "context2"} <= set(clips):
         found["distilled2"] = clips["one"]["seconds"] / clips["context2"]["seconds"]
     return found

@@ -48,5 +48,5 @@ def summary(record: dict[str, Any], section: str) -> str:
             for name, row in record["distilled"].items()
         ]
         lines.append(f"  codes that differ: {record.get('distilled_codes_off')}")
-    lines += [f"  {name} {gain:.3f} x, goal {GOALS[name]}" for name, gain in gains(record).items()]
+    lines += [f"  {name} {gain:.3f} x, goal {GOALS.get(name, '-')}" for name, gain in gains(record).items()]
     return "\n".join(lines)
