@@ -327,7 +327,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     ]),
     "codes_packed": _token_cases({**_HEADS}, {**_TINY}, [
         Case("3 of 6 heads", "odd", "parts of 1 and 2 heads, no rotation, K no power of two", {"L": 5, "N": 6, "K": 96, "rotate": 0}),
-        Case("4 columns in 3 parts", "odd", "parts of 1, 1 and 2 heads", {"L": 3, "N": 16, "K": 32, "columns": 4, "parts": 3}),
+        Case("4 columns in 3 parts", "odd", "parts of 1, 1 and 2 heads", {"L": 3, "N": 16, "K": 128, "columns": 4, "parts": 3}),
         Case("one column, one part", "odd", "heads stay together", {"L": 130, "N": 3, "K": 64, "columns": 1, "parts": 1}),
     ]),
     "values_packed": (

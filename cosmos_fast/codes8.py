@@ -1,8 +1,8 @@
-"""csrc/qk_codes.cu behind `qkv_codes`: which operands it takes, and what it must prove before it is chosen.
+"""csrc/qk_codes.cu behind `qkv_codes` and `codes_packed`: which operands it takes, what it must prove before it is chosen.
 
 It makes the codes of rotated q and k; those of v are the Triton kernel's, and so is whatever it does not take. Its sums are in
-another order than Triton's, which moves a code in 60,000 to the other side of a rounding: one rank's codes are those of several,
-which are Triton's (`codes_packed`), up to that, and bit for bit with qkv_codes=triton.
+another order than Triton's, which moves a code in 60,000 to the other side of a rounding. Both ops ask it on the same terms, so
+the codes of several ranks are those of one bit for bit.
 """
 
 from __future__ import annotations
@@ -54,26 +54,69 @@ def load_own(twin: Callable[..., Any], values: Callable[..., Tensor]) -> Callabl
     return call
 
 
+def load_own_packed(twin: Callable[..., Any], write_values: Callable[..., None]) -> Callable[..., Any]:
+    """`codes_packed` by our CUDA kernel, after it computed the example.
+
+    twin: as for `load_own`; write_values: (qkv, v_mean, v_step, packed, columns, parts) puts codes of v in their places.
+    """
+    kernel = _proven_packed_kernel()
+
+    def call(
+        qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+        v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float,
+    ) -> Tensor:  # fmt: skip
+        given = qkv, q_gain, k_gain, cos, sin, k_mean
+        if not takes(*given, rotate):
+            return twin(*given, v_mean, v_step, steps, rotate, columns, parts, eps)  # type: ignore[no-any-return]
+        packed = qkv.new_empty(qkv.numel(), dtype=torch.float8_e4m3fn)
+        gains = q_gain.contiguous(), k_gain.contiguous()
+        kernel(qkv, *gains, cos, sin, k_mean, steps, columns, parts, eps, packed)
+        write_values(qkv, v_mean, v_step, packed, columns, parts)
+        return packed
+
+    return call
+
+
 @cache
 def _proven_kernel() -> Callable[..., tuple[Tensor, Tensor]]:
     return proven(torch.ops.cosmos_fast.qk_codes_cuda)
 
 
+@cache
+def _proven_packed_kernel() -> Callable[..., None]:
+    return proven_packed(torch.ops.cosmos_fast.qk_codes_packed_cuda)
+
+
 def proven(kernel: Callable[..., Any], device: torch.device | str = "cuda") -> Callable[..., Any]:
     """The kernel, after it computed an example. Raises RuntimeError with the error measured if its codes are others."""
-    operands = example()
-    v = torch.ones_like(operands[5])
-    whole = (*operands[:6], v, v, operands[6], True, False, operands[7])
-    exact = reference.qkv_codes(*whole)[:2]
-    got = kernel(*(x.to(device) if isinstance(x, Tensor) else x for x in operands))
-    for name, mine, its in zip("qk", got, exact, strict=True):
-        error = float((mine.cpu().float() - its.float()).norm() / its.float().norm())
-        if not error <= ALLOWED:  # NaN too
-            raise RuntimeError(
-                f"qk_codes: relative error of {name} in a small example must be at most {ALLOWED}, got {error:.3g} with "
-                f"torch {torch.__version__}. It returns noise here."
-            )
+    *given, steps, eps = example()
+    v = torch.ones_like(given[5])
+    exact = reference.qkv_codes(*given, v, v, steps, True, False, eps)
+    got = kernel(*(x.to(device) for x in (*given, steps)), eps)
+    _check("q", got[0], exact[0])
+    _check("k", got[1], exact[1])
     return kernel
+
+
+def proven_packed(kernel: Callable[..., Any], device: torch.device | str = "cuda") -> Callable[..., Any]:
+    """The same of the kernel that writes to where codes travel from: two columns of 8 heads, in parts of 2, 3 and 3."""
+    *given, steps, eps = example()
+    mean = torch.zeros_like(given[5])
+    infinite = mean + torch.inf  # codes of v are then 0, as is what the kernel must not touch
+    exact = reference.codes_packed(*given, mean, infinite, steps, True, 2, 3, eps)
+    got = torch.zeros_like(exact, device=device)
+    kernel(*(x.to(device) for x in (*given, steps)), 2, 3, eps, got)
+    _check("what travels", got, exact)
+    return kernel
+
+
+def _check(name: str, mine: Tensor, its: Tensor) -> None:
+    error = float((mine.cpu().float() - its.float()).norm() / its.float().norm())
+    if not error <= ALLOWED:  # NaN too
+        raise RuntimeError(
+            f"qk_codes: relative error of {name} in a small example must be at most {ALLOWED}, got {error:.3g} with "
+            f"torch {torch.__version__}. It returns noise here."
+        )
 
 
 def example() -> tuple[Any, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from . import operands
+from . import codes8, operands
 from .dispatch import Candidate, define, triton
 from .formats import cuts
-from .ops import EPS, qk_norm_rope
+from .ops import EPS, HOPPER, qk_norm_rope
 from .ops_attention8 import ADA_UP, E4M3, Moments, qkv_codes
 
 
@@ -44,12 +47,26 @@ _qkv_packed = define(
     triton("norm_rope", "qkv_packed"),
     Candidate("composed", lambda: _normed_then_copied),
 )
+_CODES_TWIN = triton("qkv_codes", "codes_packed", capability=ADA_UP)
+
+
+def _own_codes(twin: Candidate) -> Candidate:
+    """As that of `qkv_codes`: the CUDA kernel for operands that it takes, its Triton twin for others and for v."""
+    values = triton("qkv_codes", "write_packed_values")
+
+    def loaded() -> Callable[..., Tensor]:
+        return codes8.load_own_packed(twin.load(), values.load())
+
+    return Candidate("cuda", loaded, "cuda", HOPPER, (torch.bfloat16,), ("triton",), "qk_codes_packed_cuda")
+
+
 _codes_packed = define(
     "codes_packed(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, "
     "Tensor v_step, Tensor steps, bool rotate, int columns, int parts, float eps) -> Tensor",
     operands.check_codes_packed,
     lambda qkv, *rest: qkv.new_empty(qkv.numel(), dtype=E4M3[0]),
-    triton("qkv_codes", "codes_packed", capability=ADA_UP),
+    _own_codes(_CODES_TWIN),
+    _CODES_TWIN,
     Candidate("composed", lambda: _coded_then_copied),
 )
 

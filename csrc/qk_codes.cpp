@@ -1,4 +1,4 @@
-// qk_codes_cuda: the checks that stand between Python and qk_codes.h.
+// qk_codes_cuda and qk_codes_packed_cuda: the checks that stand between Python and qk_codes.h.
 #include "qk_codes.h"
 
 #include <array>
@@ -42,8 +42,13 @@ const float* angles_of(const char* what, const Tensor& x, const Tensor& qkv, int
   return static_cast<const float*>(x.data_ptr());
 }
 
-std::tuple<Tensor, Tensor> qk_codes_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin,
-                                         Tensor k_mean, Tensor steps, double eps) {
+struct Operands {
+  Tensor qkv, q_gain, k_gain, cos, sin, k_mean, steps;
+};
+
+// Everything but where codes go.
+QkCodesArgs args_of(const Operands& x, double eps) {
+  const Tensor& qkv = x.qkv;
   constexpr int64_t kStep = 3 * kQkCodesHeads * kQkCodesWidth;
   STD_TORCH_CHECK(
       qkv.dim() == 2 && qkv.size(1) % kStep == 0 && qkv.size(1) > 0 && qkv.size(1) < (int64_t{1} << 31) &&
@@ -51,37 +56,66 @@ std::tuple<Tensor, Tensor> qk_codes_cuda(Tensor qkv, Tensor q_gain, Tensor k_gai
       kOp, ": qkv must be bfloat16 (L, 3 * N * ", kQkCodesWidth, "), N a multiple of ", kQkCodesHeads,
       ", with unit stride along the features, got ", type_name(qkv.scalar_type()), " with ", qkv.dim(),
       " dimensions, the last ", qkv.size(qkv.dim() - 1), ". Choose another implementation.");
-  const int64_t L = qkv.size(0), N = qkv.size(1) / (3 * kQkCodesWidth);
+  const int64_t N = qkv.size(1) / (3 * kQkCodesWidth);
   QkCodesArgs args{};
   args.qkv = qkv.data_ptr();
-  args.num_rows = L;
+  args.num_rows = qkv.size(0);
   args.num_heads = static_cast<int>(N);
   args.row_stride = qkv.stride(0);
   args.eps = static_cast<float>(eps);
-  set_gain("q_gain", q_gain, qkv, args, 0);
-  set_gain("k_gain", k_gain, qkv, args, 1);
-  args.cos = angles_of("cos", cos, qkv, args.cos_stride);
-  args.sin = angles_of("sin", sin, qkv, args.sin_stride);
-  args.k_mean = floats_of("k_mean", k_mean, qkv, N * kQkCodesWidth);
-  args.steps = floats_of("steps", steps, qkv, 3);
-  const std::array<int64_t, 3> shape = {L, N, kQkCodesWidth};
-  const Tensor q = torch::stable::new_empty(qkv, shape, ScalarType::Float8_e4m3fn);
-  const Tensor k = torch::stable::new_empty(qkv, shape, ScalarType::Float8_e4m3fn);
-  args.out[0] = q.data_ptr();
-  args.out[1] = k.data_ptr();
-  if (L == 0) return {q, k};
+  set_gain("q_gain", x.q_gain, qkv, args, 0);
+  set_gain("k_gain", x.k_gain, qkv, args, 1);
+  args.cos = angles_of("cos", x.cos, qkv, args.cos_stride);
+  args.sin = angles_of("sin", x.sin, qkv, args.sin_stride);
+  args.k_mean = floats_of("k_mean", x.k_mean, qkv, N * kQkCodesWidth);
+  args.steps = floats_of("steps", x.steps, qkv, 3);
+  return args;
+}
+
+void launch(const QkCodesArgs& args, int32_t device) {
+  if (args.num_rows == 0) return;
   uintptr_t low_bits = 0;
-  for (const void* pointer : {args.qkv, static_cast<const void*>(args.cos),
-                              static_cast<const void*>(args.sin), static_cast<const void*>(args.k_mean)})
+  for (const void* pointer :
+       {args.qkv, static_cast<const void*>(args.cos), static_cast<const void*>(args.sin),
+        static_cast<const void*>(args.k_mean), static_cast<const void*>(args.out[0])})
     low_bits |= reinterpret_cast<uintptr_t>(pointer);
   STD_TORCH_CHECK(
       low_bits % 16 == 0 && args.row_stride % 8 == 0 && (args.cos_stride | args.sin_stride) % 4 == 0, kOp,
       ": operands and their rows must start on 16 bytes, got row strides of ", args.row_stride, ", ",
       args.cos_stride, " and ", args.sin_stride, " elements and address bits ", low_bits % 16,
       ". Call .contiguous() on a view.");
-  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
-  check_launch(kOp, qk_codes_launch(args, current_stream(qkv.get_device_index())));
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(kOp, qk_codes_launch(args, current_stream(device)));
+}
+
+std::tuple<Tensor, Tensor> qk_codes_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin,
+                                         Tensor k_mean, Tensor steps, double eps) {
+  QkCodesArgs args = args_of({qkv, q_gain, k_gain, cos, sin, k_mean, steps}, eps);
+  const std::array<int64_t, 3> shape = {args.num_rows, args.num_heads, kQkCodesWidth};
+  const Tensor q = torch::stable::new_empty(qkv, shape, ScalarType::Float8_e4m3fn);
+  const Tensor k = torch::stable::new_empty(qkv, shape, ScalarType::Float8_e4m3fn);
+  args.out[0] = q.data_ptr();
+  args.out[1] = k.data_ptr();
+  launch(args, qkv.get_device_index());
   return {q, k};
+}
+
+// Codes of q and k in their places of what travels; v's are left as they are.
+void qk_codes_packed_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean,
+                          Tensor steps, int64_t columns, int64_t parts, double eps, Tensor out) {
+  QkCodesArgs args = args_of({qkv, q_gain, k_gain, cos, sin, k_mean, steps}, eps);
+  STD_TORCH_CHECK(columns > 0 && args.num_heads % columns == 0 && parts > 0, kOp,
+                  ": columns must divide the ", args.num_heads, " heads and parts be positive, got ", columns,
+                  " and ", parts, ".");
+  STD_TORCH_CHECK(out.numel() == qkv.numel() && out.is_contiguous() && beside(out, qkv) &&
+                      out.scalar_type() == ScalarType::Float8_e4m3fn,
+                  kOp, ": out must be ", qkv.numel(), " contiguous e4m3 codes on qkv's device, got ",
+                  out.numel(), " of ", type_name(out.scalar_type()), ".");
+  const int64_t own = args.num_heads / columns;
+  args.columns = static_cast<int>(columns);
+  args.parts = static_cast<int>(parts < own ? parts : own);
+  args.out[0] = out.data_ptr();
+  launch(args, qkv.get_device_index());
 }
 
 }  // namespace
@@ -90,8 +124,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cosmos_fast, m) {
   m.def(
       "qk_codes_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, "
       "Tensor steps, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "qk_codes_packed_cuda(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, "
+      "Tensor steps, int columns, int parts, float eps, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CUDA, m) { m.impl("qk_codes_cuda", TORCH_BOX(&qk_codes_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(cosmos_fast, CUDA, m) {
+  m.impl("qk_codes_cuda", TORCH_BOX(&qk_codes_cuda));
+  m.impl("qk_codes_packed_cuda", TORCH_BOX(&qk_codes_packed_cuda));
+}
 
 }  // namespace cosmos_fast

@@ -87,9 +87,45 @@ __device__ __forceinline__ void operands(const Own& from, const Tables& tables, 
   __syncwarp();  // keeps the compiler from mixing steps, which takes registers that are not there
 }
 
-// out: where this lane's codes of its first head go.
+// Where codes of a lane's features begin: of q (which 0) or k (1), of its first head (i 0) or second. In rows
+// of their own:
+struct Rows {
+  uint8_t* first[2];
+  int64_t wide;
+
+  __device__ __forceinline__ Rows(const QkCodesArgs& args, int first_head, int lane)
+      : wide(static_cast<int64_t>(args.num_heads) * kQkCodesWidth) {
+    const int64_t at = (first_head + lane / 4) * kQkCodesWidth + lane % 4 * 16;
+    for (int which = 0; which < 2; ++which) first[which] = static_cast<uint8_t*>(args.out[which]) + at;
+  }
+
+  __device__ __forceinline__ uint8_t* at(int64_t token, int which, int i) const {
+    return first[which] + token * wide + i * 8 * kQkCodesWidth;
+  }
+};
+
+// Where they travel from. What is known of a head lies in shared memory, for want of registers; it is there
+// after the next barrier.
+struct Travelling {
+  uint8_t* first;
+  const Place* place;
+
+  __device__ __forceinline__ Travelling(const QkCodesArgs& args, int first_head, int lane)
+      : first(static_cast<uint8_t*>(args.out[0]) + lane % 4 * 16) {
+    __shared__ Place places[kQkCodesHeads];
+    const int head = static_cast<int>(threadIdx.x);
+    if (head < kQkCodesHeads)
+      places[head] = place_of(first_head + head, args.num_rows, args.num_heads, args.columns, args.parts);
+    place = &places[lane / 4];
+  }
+
+  __device__ __forceinline__ uint8_t* at(int64_t token, int which, int i) const {
+    return first + place[8 * i].first + (3 * token + which) * place[8 * i].apart;
+  }
+};
+
 __device__ __forceinline__ void store_codes(const uint32_t (&a)[8][4], const uint32_t (&sign)[2][2],
-                                            float scale, uint8_t* out) {
+                                            float scale, uint8_t* first_head, uint8_t* second_head) {
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
     float y[8][4];
@@ -99,12 +135,13 @@ __device__ __forceinline__ void store_codes(const uint32_t (&a)[8][4], const uin
     coded(y, scale, words);
 #pragma unroll
     for (int head = 0; head < 2; ++head)
-      *reinterpret_cast<uint4*>(out + 8 * head * kQkCodesWidth + 64 * b) =
+      *reinterpret_cast<uint4*>((head ? second_head : first_head) + 64 * b) =
           make_uint4(words[head][0], words[head][1], words[head][2], words[head][3]);
     __syncwarp();
   }
 }
 
+template <typename Out>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     qk_codes_kernel(const __grid_constant__ QkCodesArgs args) {
   __shared__ Shared shared;
@@ -124,6 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   uint32_t sign[2][2];
   signs(lane, 0, sign[0]);
   signs(lane, 1, sign[1]);
+  const Out out(args, first_head, lane);
   __syncthreads();
 
   const int64_t apart = static_cast<int64_t>(gridDim.x) * kWarps;
@@ -132,9 +170,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t wide = static_cast<int64_t>(args.num_heads) * kQkCodesWidth;
   const auto* x = static_cast<const __nv_bfloat16*>(args.qkv) + (first_head + lane / 4) * kQkCodesWidth +
                   lane % 4 * 8 + token * args.row_stride;
-  const int64_t to = (first_head + lane / 4) * kQkCodesWidth + lane % 4 * 16;
-  uint8_t* q_out = static_cast<uint8_t*>(args.out[0]) + to;
-  uint8_t* k_out = static_cast<uint8_t*>(args.out[1]) + to;
 
   Own &q = shared.x[warp][0], &k = shared.x[warp][1];
   Four(&angles)[2][kFours] = shared.angles[warp];
@@ -157,13 +192,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       fetch_heads(x, q, lane);
     }
     end_group();
-    store_codes(a, sign, q_scale, q_out + token * wide);
+    store_codes(a, sign, q_scale, out.at(token, 0, 0), out.at(token, 0, 1));
 
     await_group();
     operands<true>(k, {shared.gain[1], cos, cos + 16, shared.mean}, lane, args.eps, a);
     if (more) fetch_heads(x + wide, k, lane);
     end_group();
-    store_codes(a, sign, k_scale, k_out + token * wide);
+    store_codes(a, sign, k_scale, out.at(token, 1, 0), out.at(token, 1, 1));
     token = next;
   }
 }
@@ -171,25 +206,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }  // namespace
 
 cudaError_t qk_codes_launch(const QkCodesArgs& args, cudaStream_t stream) {
+  const auto kernel = args.columns ? qk_codes_kernel<Travelling> : qk_codes_kernel<Rows>;
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   // As much shared memory as there is: kBlocks of them need it, and nothing of this passes through L1.
   if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(qk_codes_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const int groups = args.num_heads / kQkCodesHeads;
   const int64_t all = (args.num_rows + kWarps - 1) / kWarps;
   const int64_t at_once = (static_cast<int64_t>(processors) * kBlocks + groups - 1) / groups;
   const dim3 grid(static_cast<unsigned>(all < at_once ? all : at_once), static_cast<unsigned>(groups));
-  qk_codes_kernel<<<grid, kThreads, 0, stream>>>(args);
+  kernel<<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 void qk_codes_kernels(std::vector<KernelInfo>& rows) {
-  rows.push_back(describe_kernel("qk_codes", qk_codes_kernel, kThreads));
+  rows.push_back(describe_kernel("qk_codes", qk_codes_kernel<Rows>, kThreads));
+  rows.push_back(describe_kernel("qk_codes packed", qk_codes_kernel<Travelling>, kThreads));
 }
 
 }  // namespace cosmos_fast

@@ -25,9 +25,12 @@ struct QkCodesArgs {
   const float* sin;
   const float* k_mean;  // (N, 128)
   const float* steps;   // of q, of k; 2^-110 at least
-  void* out[2];         // (L, N, 128) e4m3: q, k
+  // e4m3: q and k, (L, N, 128) each; with columns only the first, where both and v travel from
+  // (qk_codes::place_of). columns divide N, parts are no more than N / columns.
+  void* out[2];
   int64_t num_rows, row_stride, cos_stride, sin_stride;
   int num_heads;  // a multiple of kQkCodesHeads
+  int columns, parts;
   bool gain_bf16[2];
   float eps;
 };

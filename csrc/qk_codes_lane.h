@@ -39,6 +39,22 @@ COSMOS_BOTH int mean_place(int head, int four) {
   return ((four / 8 * 2 + four % 2) * 16 + head) * 4 + four / 2 % 4;
 }
 
+// Where a head travels from: one column's heads are cut into parts of nearly equal length, and each part is
+// (columns, L, 3, heads, 128), one behind the other. q, k and v (which 0, 1, 2) of a token begin at
+// first + (3 * token + which) * apart.
+struct Place {
+  int64_t first;
+  uint32_t apart;
+};
+
+COSMOS_BOTH Place place_of(int head, int64_t num_rows, int num_heads, int columns, int parts) {
+  const int own = num_heads / columns, column = head / own, in_column = head % own;
+  const int64_t part = (int64_t{in_column + 1} * parts - 1) / own;  // the first that ends behind the head
+  const int64_t begin = own * part / parts, heads = own * (part + 1) / parts - begin;
+  const int64_t before = 3 * num_rows * (columns * begin + column * heads) + in_column - begin;
+  return {before * 128, static_cast<uint32_t>(heads * 128)};
+}
+
 COSMOS_BOTH float float_of(uint32_t bits) {
 #ifdef __CUDA_ARCH__
   return __uint_as_float(bits);

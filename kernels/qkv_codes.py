@@ -342,6 +342,15 @@ def value_codes(
     return out
 
 
+def write_packed_values(
+    qkv: Tensor, v_mean: Tensor, v_step: Tensor, packed: Tensor, columns: int, parts: int, *, config: Config = VALUES
+) -> None:  # fmt: skip
+    """Codes of v to their places of `packed`, as `codes_packed` writes them. config.block: tokens of one program."""
+    if packed.numel():
+        with on_device_of(qkv):
+            write_v_codes(qkv, v_mean, v_step, packed, False, config, columns, parts)
+
+
 def values_restored(
     x: Tensor, v_step: Tensor, v_mean: Tensor, out_step: Tensor | None = None, *, config: Config = RESTORED
 ) -> Tensor:

@@ -27,10 +27,10 @@ void product(const uint32_t (*a)[4], const uint32_t (*b)[2], float (*d)[4]) {
     }
 }
 
-// 16 heads (16, 128) of a token; angles (64,); mean (16, 128).
+// 16 heads (16, 128) of a token; angles (64,); mean (16, 128); out: where each head's codes go.
 template <bool kKeys>
 void token_codes(const uint16_t* x, const float* gain, const float* cos, const float* sin, const float* mean,
-                 float step, float eps, uint8_t* out) {
+                 float step, float eps, uint8_t* const (&out)[16]) {
   Four tables[3][32], means[512];
   for (int i = 0; i < 128; ++i) tables[0][i / 4].v[i % 4] = gain[i];
   for (int i = 0; i < 64; ++i) tables[1][i / 4].v[i % 4] = cos[i], tables[2][i / 4].v[i % 4] = sin[i];
@@ -66,9 +66,26 @@ void token_codes(const uint16_t* x, const float* gain, const float* cos, const f
       uint32_t words[2][4];
       coded(y[lane], 1.0f / (kRoot * step), words);
       for (int head = 0; head < 2; ++head)
-        std::memcpy(out + (lane / 4 + 8 * head) * 128 + 64 * b + lane % 4 * 16, words[head], 16);
+        std::memcpy(out[lane / 4 + 8 * head] + 64 * b + lane % 4 * 16, words[head], 16);
     }
   }
+}
+
+// place: (token, head, 0 for q or 1 for k) -> where its codes go.
+template <typename PlaceOf>
+void all_codes(const uint16_t* qkv, const float* q_gain, const float* k_gain, const float* cos,
+               const float* sin, const float* mean, const float* steps, float eps, int64_t L, int64_t N,
+               PlaceOf place) {
+  for (int64_t token = 0; token < L; ++token)
+    for (int64_t head = 0; head < N; head += 16) {
+      const uint16_t* x = qkv + (token * 3 * N + head) * 128;
+      uint8_t* to[2][16];
+      for (int which = 0; which < 2; ++which)
+        for (int i = 0; i < 16; ++i) to[which][i] = place(token, head + i, which);
+      token_codes<false>(x, q_gain, cos + token * 64, sin + token * 64, mean, steps[0], eps, to[0]);
+      token_codes<true>(x + N * 128, k_gain, cos + token * 64, sin + token * 64, mean + head * 128, steps[1],
+                        eps, to[1]);
+    }
 }
 
 }  // namespace
@@ -78,12 +95,24 @@ void token_codes(const uint16_t* x, const float* gain, const float* cos, const f
 extern "C" void qk_codes(const uint16_t* qkv, const float* q_gain, const float* k_gain, const float* cos,
                          const float* sin, const float* mean, const float* steps, float eps, int64_t L,
                          int64_t N, uint8_t* q, uint8_t* k) {
-  for (int64_t token = 0; token < L; ++token)
-    for (int64_t head = 0; head < N; head += 16) {
-      const uint16_t* x = qkv + (token * 3 * N + head) * 128;
-      const int64_t to = (token * N + head) * 128;
-      token_codes<false>(x, q_gain, cos + token * 64, sin + token * 64, mean, steps[0], eps, q + to);
-      token_codes<true>(x + N * 128, k_gain, cos + token * 64, sin + token * 64, mean + head * 128, steps[1],
-                        eps, k + to);
-    }
+  all_codes(
+      qkv, q_gain, k_gain, cos, sin, mean, steps, eps, L, N,
+      [=](int64_t token, int64_t head, int which) { return (which ? k : q) + (token * N + head) * 128; });
+}
+
+// The same to where codes travel from: packed (L * 3 * N * 128,).
+extern "C" void qk_codes_packed(const uint16_t* qkv, const float* q_gain, const float* k_gain,
+                                const float* cos, const float* sin, const float* mean, const float* steps,
+                                float eps, int64_t L, int64_t N, int columns, int parts, uint8_t* packed) {
+  all_codes(qkv, q_gain, k_gain, cos, sin, mean, steps, eps, L, N,
+            [=](int64_t token, int64_t head, int which) {
+              const Place place = place_of(static_cast<int>(head), L, static_cast<int>(N), columns, parts);
+              return packed + place.first + (3 * token + which) * place.apart;
+            });
+}
+
+extern "C" void qk_place(int head, int64_t num_rows, int num_heads, int columns, int parts, int64_t* found) {
+  const Place place = place_of(head, num_rows, num_heads, columns, parts);
+  found[0] = place.first;
+  found[1] = place.apart;
 }

@@ -15,7 +15,7 @@ from system import clip_of, open_engine, request
 from torch import Tensor
 
 from cosmos_fast import attention8, ops_attention8, ops_exchange, reference, testing
-from cosmos_fast.dispatch import TABLE, use
+from cosmos_fast.dispatch import TABLE
 from cosmos_fast.engine import Engine
 from cosmos_fast.exchange import (
     Exchanged,
@@ -90,11 +90,7 @@ def test_kernels_find_the_same_moments_of_parts_and_of_all() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [4099, 33])
 def test_what_two_ranks_attend_is_what_one_does(tokens: int) -> None:
-    """By hand: one rank's moments, codes and result, bit for bit.
-
-    With whatever implementations are chosen here, but for codes: those that travel are Triton's, and the CUDA kernel adds
-    in another order, which moves a code in 60,000 (tests/test_qk_codes.py).
-    """
+    """By hand, with whatever implementations are chosen here: one rank's moments, codes and result, bit for bit."""
     N, width = 16, 128
     g = torch.Generator("cuda").manual_seed(tokens)
     qkv = torch.randn(tokens, 3 * N * width, generator=g, device="cuda").bfloat16()
@@ -110,9 +106,8 @@ def test_what_two_ranks_attend_is_what_one_does(tokens: int) -> None:
     alone = ops_attention8.qkv_moments(*given)
     assert all(torch.equal(a, b) for a, b in zip(moments, alone, strict=True))
     sent = [ops_exchange.codes_packed(*part, moments, 2, 1)[0] for part in parts]
-    with use(qkv_codes="triton"):
-        codes, rows = ops_attention8.qkv_codes(*given, moments=alone), Fp8().quantised(*given, 0)
-        one = Fp8()(*given, 0).view(tokens, N, width)
+    codes, rows = ops_attention8.qkv_codes(*given, moments=alone), Fp8().quantised(*given, 0)
+    one = Fp8()(*given, 0).view(tokens, N, width)
     step = ops_attention8.attended_steps(moments[2], moments[1], N)
     assert torch.equal(step, rows.steps[:1].expand(N))
     for rank, heads in enumerate((slice(0, 8), slice(8, 16))):
