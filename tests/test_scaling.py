@@ -57,7 +57,7 @@ def test_an_exchange_hides_under_the_attention_of_another_part() -> None:
 
 
 def test_codes_move_half_of_the_bytes_and_wait_for_their_means() -> None:
-    rates = RATES.in_8_bits()
+    rates = RATES.in_8_bits({"attention": 0.7, "gemm": 0.53, "pointwise": 2.2})
     assert rates.call_s < RATES.call_s and rates.pair_s / RATES.pair_s == pytest.approx(
         rates.call_s / RATES.call_s
     )
@@ -127,9 +127,33 @@ def test_a_record_gives_rates_and_what_was_measured(
     assert scaling.main([str(path), "--recipe", "fp8"]) == 0
     eight = capsys.readouterr().out
     assert "recipe fp8" in eight and "3.200" not in eight  # what was measured was exact
+    record["loops"] |= {"fp8_one": {"step_s": 4.4}, "fp8_context2": {"step_s": 2.345}}
+    record["copies"] = {"all_to_all_gb_s": 401.0}
+    path.write_text(json.dumps(record))
+    assert scaling.main([str(path), "--recipe", "fp8"]) == 0
+    eight = capsys.readouterr().out
+    assert "2.345" in eight and "401 GB/s" in eight  # ranks of one host exchange by copies
     assert scaling.rates_of({"args": {}}) is None
     path.write_text(json.dumps({"environment": {}}))
     assert scaling.main([str(path)]) == 2
+
+
+def test_ratios_of_8_bits_are_of_the_newest_record_that_traced_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(date: str, **of: float) -> dict[str, Any]:
+        classes = {
+            name: {"classes_ms": dict.fromkeys(("attention", "gemm", "pointwise"), ms)}
+            for name, ms in of.items()
+        }
+        return {"kind": "fp8", "environment": {"date": date}, "call": {"kernels": classes}}
+
+    old, new = record("2026-01-01", exact=10, fp8=9), record("2026-01-02", exact=10, fp8=7)
+    assert scaling.ratios_of([new, old, record("2026-01-03", exact=10), {"kind": "other"}]) == dict.fromkeys(
+        ("attention", "gemm", "pointwise"), 0.7
+    )
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    assert scaling.main(["--recipe", "fp8"]) == 2 and "bench_fp8.py" in capsys.readouterr().err
 
 
 def test_a_record_without_rates_lends_its_link_and_steps_to_one_that_has_them(
@@ -284,7 +308,9 @@ def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
     assert {row["status"] for row in record["sections"].values()} == {"ok"}
     assert record["equal"]["bitwise"]["cfg2"] and record["equal"]["relative_l2"]["context2"] < 0.05
     assert record["loops"]["cfg2"]["sent_bytes_per_step"] == 16 * 3 * 8 * 12 * 4  # one velocity in fp32
-    assert record["loops"]["context2"]["sent_bytes_per_step"] > 0
+    wide, narrow = (record["loops"][name]["sent_bytes_per_step"] for name in ("context2", "fp8_context2"))
+    assert 0.4 * wide < narrow < 0.7 * wide  # codes, and the sums that their steps are made of
+    assert record["equal"]["bitwise"]["fp8_context2"]
     assert record["exchange"]["in 2 parts"]["bitwise"] and record["exchange"]["fp8, in 2 parts"]["bitwise"]
-    assert record["overlap"] == {"context2": {}, "cfg2": {}} and record["trace"]["ours"]["kernels"]
+    assert record["overlap"] == {"context2": {}, "cfg2": {}, "fp8_context2": {}} and record["trace"]["ours"]["kernels"]
     assert scaling.rates_of(record) is None  # a dry run says nothing of a GPU

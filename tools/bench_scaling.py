@@ -1,14 +1,14 @@
 """Two GPUs of one host against one, in one run: link, exchange, sampling loop, what hides what, the distilled clip.
 
     python tools/bench_scaling.py --out bench/results --deadline-s 280
-    python tools/bench_scaling.py --out F.json --rounds 1 --loops one,context2,copies2 --deadline-s 200
+    python tools/bench_scaling.py --out F.json --rounds 1 --loops one,context2 --deadline-s 200
     python tools/bench_scaling.py --out F.json --only link,loops,trace --steps 4
     python tools/bench_scaling.py --out /tmp/f.json --smoke           the same code on a CPU, tiny sizes, gloo
 
 This process starts two ranks, which rewrite the file after every piece of a section; a section that fails or takes too
 long costs itself alone (`scaling_ranks`). Random weights of the published shapes. In the loops one GPU, cfg=2 and context=2
-take turns; while one GPU works, the other idles. copies2 is context2 with the exchange by copy engines; where the section
-"copies" fails, it is left out. A clip takes the faster of both exchanges. End to end, it goes from the request to its frames on the
+take turns; while one GPU works, the other idles. Tokens are exchanged by copy engines, in collectives2 by NCCL; where the
+section "copies" fails, by NCCL always. fp8_one, fp8_context2: recipe fp8. End to end, a clip goes from the request to its frames on the
 host, without the video encoder: its control computed and encoded, four steps, decoded.
 """
 
@@ -243,10 +243,7 @@ class Bench:
         def run(name: str, steps: int) -> None:
             frames[name] = scaling_clip.frames_of(engines[name], steps, fields)
 
-        shared, loops = self.context, self.record["loops"]
-        step_s = [loops.get(name, {}).get("step_s", 1e9) for name in ("context2", "copies2")]
-        if self.by_copies is not None and self.world.tell(step_s[1] < step_s[0]):
-            shared = replace(shared, context=self.by_copies)
+        shared = self.context if self.by_copies is None else replace(self.context, context=self.by_copies)
         for name, mesh in (("one", Mesh.alone(self.device)), ("context2", shared)):
             if name == "context2" or self.ranks.rank == 0:
                 engines[name] = Engine(

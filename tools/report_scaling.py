@@ -7,8 +7,8 @@ from typing import Any
 
 LOOPS = {
     "one": "base, a step, 1 GPU", "cfg2": "base, a step, 2 GPUs, cfg=2", "context2": "base, a step, 2 GPUs, context=2",
-    "copies2": "base, a step, 2 GPUs, context=2, exchange by copies",
-    "fp8_one": "base, a step, 1 GPU, fp8", "fp8_copies2": "base, a step, 2 GPUs, context=2, by copies, fp8",
+    "collectives2": "the same, exchange by collectives", "fp8_one": "base, a step, 1 GPU, recipe fp8",
+    "fp8_context2": "base, a step, 2 GPUs, context=2, recipe fp8",
 }  # fmt: skip
 CLIPS = {
     "one": "distilled clip to its frames, 1 GPU",

@@ -3,7 +3,7 @@
     python tools/scaling.py                     every GPU kind in bench/results: rates and steps of its newest records
     python tools/scaling.py RECORD.json         rates of this record (of bench_scaling.py, or bench_denoiser.py)
     python tools/scaling.py --link 300 --network 40     GB/s a GPU sends within its host, and to others, where not measured
-    python tools/scaling.py --recipe fp8        attention and linear layers in 8 bits, by ratios measured on one H100
+    python tools/scaling.py --recipe fp8        attention and linear layers in 8 bits, by ratios of the newest record of bench_fp8.py
 
 A step is two passes of guidance over 93 frames at 720p, or one of the distilled network. Its time on a rank is
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,6 @@ BASE_STEPS, DISTILLED_STEPS = 35, 4
 LINK_GB_S, NETWORK_GB_S = 350.0, 45.0
 """Assumed where not measured: what NCCL gets of an H100's NVLink in one direction, and of a 400 Gb/s port."""
 HOST = 8
-ATTENTION_FP8, PRODUCTS_FP8, POINTWISE_FP8 = 1915 / 2719, 235.8 / 447.9, 103.7 / 42.9
-"""Times of the recipe fp8 over those of exact, classes of a call's trace on an H100: 2026-11-23-6d9b1c3-fp8.json."""
 MOMENT_BYTES = 48 * WIDTH
 """Sums in fp64 of k and v, the least and the largest v in fp32."""
 
@@ -61,13 +60,13 @@ class Rates:
     network: float = NETWORK_GB_S
     operand_bytes: int = 2
 
-    def in_8_bits(self) -> Rates:
-        """Those of the recipe fp8, as far as ratios of other records tell."""
+    def in_8_bits(self, ratios: dict[str, float]) -> Rates:
+        """Those of the recipe fp8; ratios: its time over that of exact, by class."""
         one = replace(
             self,
-            attention_s=ATTENTION_FP8 * self.attention_s,
-            product_s=PRODUCTS_FP8 * self.product_s,
-            pointwise_s=POINTWISE_FP8 * self.pointwise_s,
+            attention_s=ratios["attention"] * self.attention_s,
+            product_s=ratios["gemm"] * self.product_s,
+            pointwise_s=ratios["pointwise"] * self.pointwise_s,
             operand_bytes=1,
         )
         return replace(one, pair_s=self.pair_s * one.call_s / self.call_s)
@@ -198,8 +197,27 @@ def rates_of(record: dict[str, Any], link: float | None = None, network: float |
         pointwise_s=(classes["pointwise"] + classes["copy"]) / 1e3, gaps_s=trace["ours"]["idle_ms"] / 1e3,
         pair_s=pair_s, vae_s=sum(stages.get(s, 0.0) for s in ("encode", "decode")),
         fixed_s=sum(s for name, s in stages.items() if name not in ("encode", "decode", "denoise")),
-        link=link or record.get("link", {}).get("all_to_all_gb_s") or LINK_GB_S, network=network or NETWORK_GB_S,
+        link=link or link_of(record) or LINK_GB_S, network=network or NETWORK_GB_S,
     )  # fmt: skip
+
+
+def ratios_of(records: Iterable[dict[str, Any]]) -> dict[str, float] | None:
+    """Time of the recipe fp8 over that of exact by class, of the newest record of bench_fp8.py that traced both."""
+    traced = []
+    for record in records:
+        kernels = record.get("call", {}).get("kernels", {}) if record.get("kind") == "fp8" else {}
+        if {"exact", "fp8"} <= set(kernels):
+            traced.append((str(record["environment"]["date"]), kernels))
+    if not traced:
+        return None
+    exact, fp8 = (max(traced, key=lambda found: found[0])[1][name]["classes_ms"] for name in ("exact", "fp8"))
+    return {name: fp8[name] / exact[name] for name in ("attention", "gemm", "pointwise")}
+
+
+def link_of(record: dict[str, Any]) -> float | None:
+    """GB/s of the exchange that ranks of one host use: copies where they can be had."""
+    found = record.get("copies") or record.get("link") or {}
+    return found.get("all_to_all_gb_s")  # type: ignore[no-any-return]
 
 
 LOOPS = {"one": (True, 1, 1), "cfg2": (True, 1, 2), "context2": (True, 2, 1), "distilled_one": (False, 1, 1),
@@ -207,10 +225,13 @@ LOOPS = {"one": (True, 1, 1), "cfg2": (True, 1, 2), "context2": (True, 2, 1), "d
 """(guided, context, cfg) of the loops that bench_scaling.py times."""
 
 
-def steps_of(record: dict[str, Any]) -> Times:
+IN_8_BITS = {"fp8_one": (True, 1, 1), "fp8_context2": (True, 2, 1)}
+
+
+def steps_of(record: dict[str, Any], named: dict[str, tuple[bool, int, int]] = LOOPS) -> Times:
     """Measured steps of a record of bench_scaling.py."""
     loops = record.get("loops", {})
-    return {key: loops[name]["step_s"] for name, key in LOOPS.items() if "step_s" in loops.get(name, {})}
+    return {key: loops[name]["step_s"] for name, key in named.items() if "step_s" in loops.get(name, {})}
 
 
 def clips_of(record: dict[str, Any]) -> Times:
@@ -255,9 +276,14 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [(found, found)]
     else:
         chosen = [newest(folder) for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir())]
+    every = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*/*.json")))
+    ratios = ratios_of(every) if args.recipe == "fp8" else {}
+    if ratios is None:
+        print(f"scaling: --recipe fp8: needs a record of bench_fp8.py that traced exact and fp8, got none in {RESULTS}.", file=sys.stderr)  # fmt: skip
+        return 2
     for rated, several in chosen:
         seen: dict[str, Any] = several[1] if several else {}
-        link = args.link or seen.get("link", {}).get("all_to_all_gb_s")
+        link = args.link or link_of(seen)
         rates = rates_of(rated[1], link, args.network) if rated else None
         if rates is None or rated is None:
             if args.record:
@@ -268,8 +294,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 2
             continue
         steps, clips = steps_of(seen), clips_of(seen)
-        if args.recipe == "fp8":  # the records' steps are of exact
-            rates, steps, clips = rates.in_8_bits(), {}, {}
+        if args.recipe == "fp8":  # the records' clips are of exact
+            rates, steps, clips = rates.in_8_bits(ratios), steps_of(seen, IN_8_BITS), {}
         for guided in (True, False):
             if args.json:
                 for context, cfg in LAYOUTS:
