@@ -33,8 +33,8 @@ from cosmos_fast.kernels.norm_rope import normed_rotated
 from cosmos_fast.kernels.value_codes import E4M3, begins, sent_from, store_codes, write_v_codes
 from torch import Tensor
 
-# Tokens of one program and warps; not measured yet.
-MOMENTS = Config(128, 8)
+# Tokens of one program and warps; MOMENTS measured on one H200 at 84,480 tokens: 128/8 0.551 ms, 128/4 0.382, 64/4 0.429, 128/16 0.530.
+MOMENTS = Config(128, 4)
 CODES = Config(1, 4)
 ROTATED = Config(4, 4)
 VALUES = Config(128, 8)
