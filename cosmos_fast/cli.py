@@ -25,7 +25,7 @@ from .cli_options import (
     overrides,
     with_model_options,
 )
-from .cli_parallel import open_layout, spread, told_once, with_ranks
+from .cli_parallel import described, open_layout, spread, tell_exchange, told_once, with_ranks
 from .cli_tools import checkpoint, info, schema
 from .formats import CosmosFastError, MediaError, SpecError
 from .prompts import check_width, made_by, missing_prompts, prepare, text_encoder, text_options
@@ -134,7 +134,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
         recipe = Recipe.preset(options["recipe"])
         plan = Plan(
             device=options["device"], vae_encode_window=options["vae_window"], vae_strips=options["vae_strips"],
-            graphs=options["graphs"],
+            graphs=options["graphs"], exchange=options["exchange"],
         )  # fmt: skip
     except ValueError as error:
         raise SpecError(str(error)) from None
@@ -145,7 +145,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
     batch, some_invalid, found = checked
     layout = open_layout(options, team, batch)
     if options["dry_run"]:
-        click.echo(batch.as_table() + (f"\n{layout}" if layout.ranks > 1 else ""))
+        click.echo(batch.as_table() + (f"\n{described(layout, options)}" if layout.ranks > 1 else ""))
         sys.exit(1 if some_invalid else 0)
     text = text_encoder(options)
     check_width(text, configs)
@@ -190,10 +190,14 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
             options["checkpoint"], model=model, vae=options["vae"], text=text, recipe=recipe, plan=plan,
             clip_makers=makers, style=style, guardrails=guardrails or options["guardrails"],
         )  # fmt: skip
+        if team.is_leader:
+            tell_exchange(engine.mesh, progress.line)
         if team.is_first:
-            folder.write_run(
-                environment(gpu_record(engine.device)) | {"recipe": recipe.to_dict(), "plan": plan.to_dict()}
-            )
+            policies = {
+                "recipe": recipe.to_dict(),
+                "plan": plan.to_dict() | {"exchange": engine.mesh.exchange},
+            }
+            folder.write_run(environment(gpu_record(engine.device)) | policies)
         return engine
 
     def made_with(model: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import click
 
 from .cli_options import together
 from .formats import CosmosFastError, EnvironmentProblem, MediaError, SpecError
+from .recipe import EXCHANGES
 
 if TYPE_CHECKING:
     from .clip_plan import BatchPlan
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from .launch import Outcome
     from .layout import Layout
     from .outputs import OutputFolder
+    from .parallel import Mesh
     from .solo import Solo
 
 with_ranks = together(
     click.option("--gpus", type=click.IntRange(1), help="GPUs to use (with --device cpu: processes); default: 1, or the ranks of torchrun."),
     click.option("--context", type=click.IntRange(1), help="GPUs that share the tokens of a clip; default: what one clip alone can use."),
     click.option("--cfg", type=click.IntRange(1, 2), help="2: half of a clip's GPUs take the second guidance pass; default: where all clips have one."),
+    click.option("--exchange", type=click.Choice(EXCHANGES), default="auto", show_default=True,
+                 help="How GPUs that share tokens pass them on: copies between GPUs of one host, collectives (NCCL), or the former where it proves itself."),
 )  # fmt: skip
-"""The options that `open_layout` reads."""
+"""The options that `open_layout` reads, and --exchange."""
 
 
 def open_layout(options: Mapping[str, Any], team: Solo, batch: BatchPlan) -> Layout:
@@ -49,6 +53,22 @@ def open_layout(options: Mapping[str, Any], team: Solo, batch: BatchPlan) -> Lay
                 f"gpus: must be at most the GPUs of this machine, got {layout.ranks}. {error}"
             ) from None
     return layout
+
+
+def described(layout: Layout, options: Mapping[str, Any]) -> str:
+    """The layout for --dry-run, with the exchange as far as it is known before the ranks have tried it."""
+    if layout.context == 1:
+        return str(layout)
+    exchange = options["exchange"]
+    if exchange == "auto" and options["device"] != "cpu":
+        exchange = "auto: copies if they prove themselves at the start, else collectives"
+    return f"{layout}, exchange {exchange}"
+
+
+def tell_exchange(mesh: Mesh, report: Callable[[str], None]) -> None:
+    """One line on how GPUs that share tokens pass them on."""
+    if mesh.context.size > 1 and mesh.device.type == "cuda":
+        report(mesh.notes[0] if mesh.notes else f"exchange: by {mesh.exchange}.")
 
 
 @contextlib.contextmanager

@@ -71,13 +71,17 @@ class Graphed:
 
     Owns the static latent, one row of every modulation table, the graph and its memory pool, for as long as it lives: one
     chunk. The first call captures; `capture_s` and `pool_bytes` then say what that cost, and `captures` counts (0 or 1).
-    Raises EnvironmentProblem off CUDA, ValueError for a latent of another shape, dtype or device than the first, or a
+    Raises EnvironmentProblem off CUDA and where ranks share tokens, ValueError for a latent of another shape, dtype or device than the first, or a
     step that the tables do not have.
     """
 
     def __init__(self, bound: Pair | Single, capture: Capture | None = None) -> None:
         tables = _context(bound).tables
         device = tables.head.device
+        if (ranks := bound.network.ranks.size) > 1:
+            raise EnvironmentProblem(
+                f"graphs: ranks must not share tokens, got {ranks} that do. A replay would repeat exchanges that are counted."
+            )
         if capture is None and device.type != "cuda":
             raise EnvironmentProblem(f"graphs: need a CUDA device, got {device}. Leave Plan.graphs off here.")
         self._capture = capture or cuda_capture

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
 """Longest wait for another rank. The longest honest one is for the first rank to read the prompts of a batch."""
-
 
 _joined_s = TIMEOUT_S
 """That of the world this process has joined."""
@@ -87,7 +86,7 @@ class Exchange:
         self._arrived, self._sent, self._work = arrived, sent, work
 
     def wait(self) -> Tensor:
-        """On CUDA the current stream waits, not the host."""
+        """On CUDA the current stream waits, not the host. Keep this until the stream of the start comes after all readers."""
         if self._work is not None:
             self._work.wait()
         return self._arrived
@@ -264,6 +263,7 @@ class Mesh:
     """All ranks of a clip, and their two axes: neighbours share the tokens, halves of the world the guidance passes.
 
     Rank r is number r % context of its context group, and holds the tokens' pass r // context: 0 conditional.
+    notes: why ranks that share tokens do not exchange them by copies, where that was left to find out.
     """
 
     ranks: Ranks
@@ -271,6 +271,7 @@ class Mesh:
     world: Group
     context: Group
     cfg: Group
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def alone(cls, device: str | torch.device | None = None) -> Mesh:
@@ -298,20 +299,27 @@ class Mesh:
             join(ranks, device, timeout_s=timeout_s)
         timeout = timedelta(seconds=_joined_s)  # a group does not take that of its world by itself
         rows = [list(range(c * plan.context, (c + 1) * plan.context)) for c in range(plan.cfg)]
-        context, cfg = (
-            _axis(ranks.rank, axis, timeout) for axis in (rows, [list(column) for column in zip(*rows)])
-        )
-        if plan.exchange == "copies" and context.size > 1:
-            context = replace(context, copies=peer_memory.open_copies(context, device))
-        return cls(ranks, device, Group(ranks.rank, ranks.size, dist.group.WORLD), context, cfg)
+        context = _axis(ranks.rank, rows, timeout)
+        cfg = _axis(ranks.rank, [list(column) for column in zip(*rows)], timeout)
+        world = Group(ranks.rank, ranks.size, dist.group.WORLD)
+        context, notes = peer_memory.exchanging(context, world, plan.exchange, device)
+        return cls(ranks, device, world, context, cfg, notes)
 
     @property
     def is_first(self) -> bool:
         """Whether this rank encodes prompts and writes results."""
         return self.ranks.rank == 0
 
+    @property
+    def exchange(self) -> str:
+        """How ranks that share tokens exchange them: "copies" or "collectives"; "none" where nobody shares."""
+        shared = "collectives" if self.context.copies is None else "copies"
+        return "none" if self.context.size == 1 else shared
+
     def close(self) -> None:
         """Leave the other ranks. Harmless alone, and twice."""
+        if self.context.copies is not None:
+            self.context.copies.close()
         if self.world.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -10,28 +10,39 @@ from __future__ import annotations
 
 import ctypes
 import socket
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from .copies import Copies, Work, box
-from .formats import EnvironmentProblem
+from .copies import Copies, Lane, Work, box
+from .formats import CosmosFastError, EnvironmentProblem
 
 if TYPE_CHECKING:
     from .parallel import Group
 
+T = TypeVar("T")
+
 SLOTS: Final = 4
 ROOM: Final = 32 << 20
 """Bytes of one slot to all peers: with four, 128 MiB hold a half of a rank's q, k and v at 720p on two ranks."""
+WAYS: Final = 1
+"""Lanes at each end of a pipe."""
 FLAGS: Final = 4096
-"""Bytes of the flags before the slots."""
-PROOF_S: Final = 20.0
-"""How long the first exchange may take."""
-HINT: Final = "Use Plan(exchange='collectives')."
+"""Bytes of the flags before the slots: room for 512 slots of all peers together."""
+PROOF_S: Final = 10.0
+"""How long the first exchange may take; with what giving up takes, less than a rank that hangs is given (`team.STILL_S`)."""
+
+
+class NoCopies(EnvironmentProblem):
+    """`why` ranks cannot copy out of each other's memory. Raised on all of them."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"exchange: {why}. Take exchange auto or collectives.")
+        self.why = why
 
 
 class Attributes(ctypes.Structure):
@@ -59,9 +70,7 @@ class Driver:
             library = ctypes.CDLL("libcuda.so.1")
             self._set, self._await = library.cuStreamWriteValue32_v2, library.cuStreamWaitValue32_v2
         except (OSError, AttributeError) as error:
-            raise EnvironmentProblem(
-                f"exchange: copies need a CUDA driver with stream memory operations, got {error}. {HINT}"
-            ) from None
+            raise NoCopies(f"copies need a CUDA driver with stream memory operations, got {error}") from None
         for call in (self._set, self._await):
             call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
             call.restype = ctypes.c_int
@@ -90,9 +99,7 @@ class Driver:
     @staticmethod
     def _check(code: int) -> None:
         if code:
-            raise EnvironmentProblem(
-                f"exchange: a stream must set and await flags, got CUDA error {code}. {HINT}"
-            )
+            raise NoCopies(f"copies need streams that set and await flags, got CUDA error {code}")
 
 
 class Done:
@@ -106,33 +113,46 @@ class Done:
         for event in self.events:
             stream.wait_event(event)
 
+    def is_done(self) -> bool:
+        return all(event.query() for event in self.events)
+
 
 class PeerMemory:
-    """Slots and flags of this rank, and those of its peers as it sees them. All ranks of the group must make one.
+    """Slots and flags of this rank, and, once all ranks of the group have met, those of its peers as it sees them.
 
     hinted: whether copies tell the driver to stay beside computation. Without that it is free to copy inside a device with
-    a kernel, which would wait for the end of an attention. Changes no byte.
+    a kernel, which would wait for the end of an attention. Changes no byte. Raises NoCopies.
     """
 
-    def __init__(self, group: Group, device: torch.device) -> None:
+    def __init__(
+        self, group: Group, device: torch.device, *, slots: int = SLOTS, room: int = ROOM, ways: int = WAYS
+    ) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
         assert group.handle is not None, "peer memory: alone there is nobody to exchange with"
+        assert ways <= slots and 8 * slots * group.size <= FLAGS, "peer memory: flags must fit"
         self.rank, self.size = group.rank, group.size
-        self.slots, self.slot_bytes = SLOTS, _slot_bytes(group.size)
+        self.slots, self.slot_bytes, self.ways = slots, slot_bytes(room, group.size), ways
         self._driver, self._device, self.hinted = Driver(), device, True
-        self._lanes: dict[tuple[str, int], torch.cuda.Stream] = {}
-        self._given: dict[tuple[str, int], torch.cuda.Stream] = {}
-        size = FLAGS + (group.size - 1) * SLOTS * self.slot_bytes
+        self._lanes: dict[Lane, torch.cuda.Stream] = {}
+        self._given: dict[Lane, torch.cuda.Stream] = {}
+        # Of another priority, so that no lane that waits can stand before it in a queue of the device.
+        self._aside = torch.cuda.Stream(device, priority=-1)
         if symmetric.get_backend(device) != "CUDA":  # another may have been chosen by the environment
             symmetric.set_backend("CUDA")
+        size = FLAGS + (group.size - 1) * slots * self.slot_bytes
         self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
         self._memory[:FLAGS].zero_()
         torch.cuda.synchronize(device)
-        handle = symmetric.rendezvous(self._memory, group.handle)
-        self._all = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size)]
-        self._handle = handle
-        group.hear(None)  # nobody may set a flag before it is zero
+
+    def meet(self, group: Group) -> None:
+        """Map the memory of all peers. All ranks must call it, and none may copy before all are back: flags must be zero."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        assert group.handle is not None
+        self._handle = symmetric.rendezvous(self._memory, group.handle)
+        size = (self._memory.numel(),)
+        self._all = [self._handle.get_buffer(rank, size, torch.uint8) for rank in range(self.size)]
 
     @cached_property
     def _addresses(self) -> list[int]:
@@ -156,7 +176,7 @@ class PeerMemory:
     def inbox(self, peer: int, slot: int) -> Tensor:
         return self._slot(peer, self.rank, slot)
 
-    def copy(self, lane: tuple[str, int], target: Tensor, source: Tensor) -> None:
+    def copy(self, lane: Lane, target: Tensor, source: Tensor) -> None:
         if target.numel() == 0:
             return
         stream = self._stream(lane)
@@ -168,19 +188,28 @@ class PeerMemory:
         with torch.cuda.stream(stream):
             target.copy_(source)
 
-    def tell(self, lane: tuple[str, int], peer: int, flag: int, value: int) -> None:
-        address = self._addresses[peer] + 4 * (flag * self.size + self.rank)
-        self._driver.set(self._stream(lane).cuda_stream, address, value)
+    def tell(self, lane: Lane, peer: int, flag: int, slot: int, value: int) -> None:
+        self._driver.set(self._stream(lane).cuda_stream, self._flag(peer, self.rank, flag, slot), value)
 
-    def await_(self, lane: tuple[str, int], peer: int, flag: int, value: int) -> None:
-        address = self._addresses[self.rank] + 4 * (flag * self.size + peer)
-        self._driver.await_(self._stream(lane).cuda_stream, address, value)
+    def await_(self, lane: Lane, peer: int, flag: int, slot: int, value: int) -> None:
+        self._driver.await_(self._stream(lane).cuda_stream, self._flag(self.rank, peer, flag, slot), value)
+
+    def is_idle(self) -> bool:
+        return all(stream.query() for stream in self._lanes.values())
+
+    def release(self, value: int) -> None:
+        for number in range(2 * self.slots * self.size):
+            self._driver.set(self._aside.cuda_stream, self._addresses[self.rank] + 4 * number, value)
+
+    def _flag(self, owner: int, setter: int, flag: int, slot: int) -> int:
+        """Address of the flag in the memory of `owner` that `setter` sets."""
+        return self._addresses[owner] + 4 * ((flag * self.slots + slot) * self.size + setter)
 
     def _slot(self, owner: int, peer: int, slot: int) -> Tensor:
-        start = FLAGS + (box(peer, owner) * SLOTS + slot) * self.slot_bytes
+        start = FLAGS + (box(peer, owner) * self.slots + slot) * self.slot_bytes
         return self._all[owner][start : start + self.slot_bytes]
 
-    def _stream(self, lane: tuple[str, int]) -> torch.cuda.Stream:
+    def _stream(self, lane: Lane) -> torch.cuda.Stream:
         if lane not in self._lanes:
             self._lanes[lane] = torch.cuda.Stream(self._device)
         if lane not in self._given:
@@ -189,24 +218,76 @@ class PeerMemory:
         return self._given[lane]
 
 
-def _slot_bytes(size: int) -> int:
-    return ROOM // max(size - 1, 1) // 4096 * 4096
+def slot_bytes(room: int, size: int) -> int:
+    """Of `room` for all peers of a rank, what is left to one."""
+    return room // max(size - 1, 1) // 4096 * 4096
+
+
+def exchanging(
+    group: Group, world: Group, wanted: str, device: torch.device
+) -> tuple[Group, tuple[str, ...]]:
+    """The group with the exchange that `Plan.exchange` names, and what is to be told of it. All ranks of `world` must call it.
+
+    "auto": by copies if every group of the world proves them, otherwise by collectives on all, with the reason; processes
+    on a CPU have no other, and no reason to be told. Raises NoCopies for "copies" that cannot be had, on all.
+    """
+    if group.size == 1 or wanted == "collectives" or (wanted == "auto" and device.type == "cpu"):
+        return group, ()
+    why: str | None = None
+    try:
+        group = replace(group, copies=open_copies(group, device))
+    except NoCopies as error:
+        why = error.why
+    refused = next((told for told in world.hear(why) if told is not None), None)
+    if refused is None:
+        return group, ()
+    if wanted == "copies":
+        raise NoCopies(refused)
+    return replace(group, copies=None), (f"exchange: by collectives, not by copies: {refused}.",)
 
 
 def open_copies(group: Group, device: torch.device) -> Copies:
     """The exchange by copies of this group, proven against its collectives. All ranks must call it.
 
-    Raises EnvironmentProblem, on all of them, where it cannot be had.
+    Raises NoCopies, on all of them, where it cannot be had; then nothing of it is left. EnvironmentProblem, and no way on,
+    where lanes of a failed proof never come to an end.
     """
-    here = (socket.gethostname(), device.type, device.index)
-    everyone = group.hear(here)
-    problem = obstacle(group.rank, everyone)
-    for rank, found in enumerate(group.hear(problem)):
-        if found is not None:
-            raise EnvironmentProblem(f"exchange: {found}, on rank {rank}. {HINT}")
-    copies = Copies(PeerMemory(group, device))
-    _prove(copies, group, device)
+    everyone = group.hear((socket.gethostname(), device.type, device.index))
+    _none_refuses(group, obstacle(group.rank, everyone))
+    peers = _all_can(group, lambda: PeerMemory(group, device))
+    _all_can(group, lambda: peers.meet(group))
+    copies = Copies(peers)
+    try:
+        _all_can(group, lambda: _prove(copies, group, device))
+    except NoCopies:
+        # Where one rank fails, lanes of the others wait for it. Nothing is freed before all of them have come to an end.
+        if not all(group.hear(copies.give_up(PROOF_S / 2))):
+            raise EnvironmentProblem(
+                "exchange: lanes must end when they are given up, got some that wait. Start anew with exchange collectives."
+            ) from None
+        raise
     return copies
+
+
+def _all_can(group: Group, call: Callable[[], T]) -> T:
+    """call() on every rank of the group; NoCopies on all, with the reasons, where one raised."""
+    result, why = None, None
+    try:
+        result = call()
+    except NoCopies as error:
+        why = error.why
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        text = str(error).strip().splitlines()[:1]
+        why = ": ".join([*([] if isinstance(error, CosmosFastError) else [type(error).__name__]), *text])
+    _none_refuses(group, why)
+    return result  # type: ignore[return-value]
+
+
+def _none_refuses(group: Group, why: str | None) -> None:
+    """Raise NoCopies on all ranks where one of them has a reason, in the same words."""
+    told = {reason: rank for rank, reason in reversed([*enumerate(group.hear(why))]) if reason is not None}
+    if told:
+        raise NoCopies("; ".join(f"{reason}, on rank {told[reason]}" for reason in reversed(told)))
 
 
 def obstacle(rank: int, everyone: Sequence[tuple[str, str, int | None]]) -> str | None:
@@ -229,7 +310,7 @@ def _prove(copies: Copies, group: Group, device: torch.device) -> None:
     """Messages of different lengths, two at once, together more chunks than there are slots: the bits of a collective."""
     import torch.distributed as dist
 
-    width, least = 4096, (SLOTS // 2 + 1) * copies.peers.slot_bytes // 4096
+    width, least = 4096, (copies.peers.slots // 2 + 1) * copies.peers.slot_bytes // 4096
     sent = [least + 17 * group.rank + 5 * peer for peer in range(group.size)]
     received = [least + 17 * peer + 5 * group.rank for peer in range(group.size)]
     generator = torch.Generator(device).manual_seed(group.rank)
@@ -242,14 +323,10 @@ def _prove(copies: Copies, group: Group, device: torch.device) -> None:
         dist.all_to_all_single(wanted, rows, received, sent, group=group.handle)
         pairs.append((rows, wanted))
     found = [copies.start(rows, sent, received) for rows, _ in pairs]
-    for _, work in found:
+    # Not `wait`: after what never comes the caller's stream would never go on.
+    if not copies.has_ended(PROOF_S):
+        raise NoCopies(f"copies must bring what collectives bring, got nothing within {PROOF_S:.0f} s")
+    for (arrived, work), (_, wanted) in zip(found, pairs, strict=True):
         work.wait()
-    done, until = torch.cuda.Event(), time.monotonic() + PROOF_S
-    done.record()
-    while not done.query() and time.monotonic() < until:
-        time.sleep(0.001)
-    arrived = done.query()
-    same = arrived and all(torch.equal(x, wanted) for (x, _), (_, wanted) in zip(found, pairs, strict=True))
-    if not all(group.hear(same)):
-        how = "other bytes" if arrived else f"nothing within {PROOF_S:.0f} s"
-        raise EnvironmentProblem(f"exchange: copies must bring what collectives bring, got {how}. {HINT}")
+        if not torch.equal(arrived, wanted):
+            raise NoCopies("copies must bring what collectives bring, got other bytes")

@@ -16,6 +16,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "attention": ("bf16", "fp8"),
     "vae": ("bf16", "fp8"),
 }
+EXCHANGES = ("auto", "copies", "collectives")
 _PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"dtype": "bf16"},
     "fp32": {"dtype": "fp32"},
@@ -132,8 +133,9 @@ class Plan:
     vae_encode_batch: controls encoded side by side, each with the memory of one; the latents are those of one alone.
     vae_strips: strips of rows that the VAE cuts a picture into, one after the other, for cards with little memory: 4 take
     about a third of it at 720p for a fifth more arithmetic. Strips overlap by what the convolutions reach: no seam.
-    exchange: how ranks that share tokens pass q, k, v and results on: "collectives" (NCCL, gloo), or "copies" by the copy
-    engines, for GPUs of one host that can read each other's memory; equal bit for bit. EnvironmentProblem where they cannot.
+    exchange: how ranks that share tokens pass q, k, v and results on: "copies" by the copy engines, for GPUs of one host that
+    can read each other's memory, else EnvironmentProblem; "collectives" (NCCL, gloo); "auto" is copies where a proof at the
+    start says that they work, else collectives, and Mesh.notes why. Equal bit for bit.
     graphs: record a denoising step into a CUDA graph once per chunk and replay it; equal bit for bit. Meant for sizes so
     small that launching kernels takes longer than running them; it holds the activations of a step for the whole chunk.
     None: where that is so (graphs.pays).
@@ -146,7 +148,7 @@ class Plan:
     vae_decode_window: int = 1
     vae_encode_batch: int = 1
     vae_strips: int = 1
-    exchange: str = "collectives"
+    exchange: str = "auto"
     graphs: bool | None = None
 
     def __post_init__(self) -> None:
@@ -178,8 +180,8 @@ class Plan:
                 f"plan: vae_encode_batch must be 1 with vae_strips, got {self.vae_encode_batch}. One saves the memory "
                 "that the other takes."
             )
-        if self.exchange not in ("collectives", "copies"):
-            raise ValueError(f"plan: exchange must be collectives or copies, got {self.exchange!r}.")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"plan: exchange must be one of {', '.join(EXCHANGES)}, got {self.exchange!r}.")
         if self.graphs is not None and type(self.graphs) is not bool:
             raise ValueError(f"plan: graphs must be True, False or None, got {self.graphs!r}.")
         if self.graphs and self.device == "cpu":

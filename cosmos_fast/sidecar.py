@@ -27,7 +27,7 @@ SIDECAR_KEYS: dict[str, str] = {
     "spec_hash": "hash of the request; resume compares it",
     "inputs": "SHA-256 of every media file the request names, by its key; resume compares it",
     "recipe": "precision policy",
-    "plan": "device and windows",
+    "plan": "device, ranks and windows; exchange: how ranks that shared tokens passed them on, or none",
     "model": "network kind (edge, vis, depth, seg, multi, edge/distilled)",
     "checkpoint": "path and size of every weight file; resume compares it",
     "text": "prompt encoder: what and which revision; resume compares it, except its mode and files",

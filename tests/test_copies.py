@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast import peer_memory
-from cosmos_fast.copies import Copies, box
+from cosmos_fast.copies import READY, TAKEN, Copies, box
 from cosmos_fast.exchange import Exchanged
 from cosmos_fast.formats import EnvironmentProblem
 from cosmos_fast.parallel import Group, Shard
@@ -28,10 +31,10 @@ Step = Callable[[], bool]
 class Host:
     """All ranks in one process: their memory, their flags, and queues that a scheduler works off."""
 
-    def __init__(self, size: int, *, slots: int, slot_bytes: int, one_queue: bool) -> None:
-        self.size, self.one_queue = size, one_queue
+    def __init__(self, size: int, *, slots: int, slot_bytes: int, one_queue: bool, ways: int = 1) -> None:
+        self.size, self.one_queue, self.ways = size, one_queue, ways
         self.memory = torch.zeros(size, size, slots, slot_bytes, dtype=torch.uint8)
-        self.flags: dict[tuple[int, int, int], int] = {}
+        self.flags: dict[tuple[int, int, int, int], int] = {}
         self.queues: dict[Any, deque[Step]] = {}
         self.ranks = [Lanes(self, rank, slots, slot_bytes) for rank in range(size)]
 
@@ -62,6 +65,7 @@ class Lanes:
             slots,
             slot_bytes,
         )
+        self.ways = host.ways
         self.used: set[Any] = set()
         self.start: list[bool] = []
 
@@ -81,7 +85,10 @@ class Lanes:
                 lanes.host.give(lanes.rank, lane, lambda: self.done.append(True) or True)
 
         def wait(self) -> None:
-            self.lanes.host.give(self.lanes.rank, "main", lambda: len(self.done) == self.count)
+            self.lanes.host.give(self.lanes.rank, "main", self.is_done)
+
+        def is_done(self) -> bool:
+            return len(self.done) == self.count
 
     def outbox(self, peer: int, slot: int) -> Tensor:
         return self.host.memory[self.rank, peer, slot]
@@ -92,11 +99,18 @@ class Lanes:
     def copy(self, lane: Any, target: Tensor, source: Tensor) -> None:
         self._give(lane, lambda: target.copy_(source) is target)
 
-    def tell(self, lane: Any, peer: int, flag: int, value: int) -> None:
-        self._give(lane, lambda: self.host.flags.update({(peer, flag, self.rank): value}) is None)
+    def tell(self, lane: Any, peer: int, flag: int, slot: int, value: int) -> None:
+        self._give(lane, lambda: self.host.flags.update({(peer, flag, slot, self.rank): value}) is None)
 
-    def await_(self, lane: Any, peer: int, flag: int, value: int) -> None:
-        self._give(lane, lambda: self.host.flags.get((self.rank, flag, peer), 0) >= value)
+    def await_(self, lane: Any, peer: int, flag: int, slot: int, value: int) -> None:
+        self._give(lane, lambda: self.host.flags.get((self.rank, flag, slot, peer), 0) >= value)
+
+    def is_idle(self) -> bool:
+        return not any(queue for (rank, _), queue in self.host.queues.items() if rank == self.rank)
+
+    def release(self, value: int) -> None:
+        for flag, slot, peer in product((READY, TAKEN), range(self.slots), range(self.size)):
+            self.host.flags[self.rank, flag, slot, peer] = value
 
     def _give(self, lane: Any, step: Step) -> None:
         if lane not in self.used:
@@ -113,11 +127,15 @@ def messages(size: int, number: int, seed: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("one_queue", [False, True], ids=["lanes", "one queue"])
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_every_order_brings_what_an_all_to_all_brings(size: int, one_queue: bool) -> None:
+@pytest.mark.parametrize(
+    "size, slots, ways", [(2, 2, 1), (2, 3, 2), (3, 2, 2), (4, 4, 2), (5, 2, 1), (8, 1, 1)]
+)
+def test_every_order_brings_what_an_all_to_all_brings(
+    size: int, slots: int, ways: int, one_queue: bool
+) -> None:
     """Even a device that does all lanes' work one after the other comes to the end."""
-    for seed in range(8):
-        host = Host(size, slots=2, slot_bytes=20, one_queue=one_queue)
+    for seed in range(8 if size < 8 else 3):
+        host = Host(size, slots=slots, slot_bytes=20, one_queue=one_queue, ways=ways)
         ranks, counts = [Copies(lanes) for lanes in host.ranks], messages(size, 5, seed)
         results: list[tuple[Tensor, Tensor]] = []
         for count in counts:
@@ -160,6 +178,39 @@ def test_a_slow_peer_holds_back_who_waits_for_it_alone() -> None:
     assert [x[4 * (1 - r), 0].item() for r, x in enumerate(found)] == [1, 0]
 
 
+def test_giving_up_sets_flags_past_every_round() -> None:
+    host = Host(2, slots=2, slot_bytes=4, one_queue=False)
+    copies, told = Copies(host.ranks[0]), []
+    copies.start(torch.zeros(14, 4, dtype=torch.uint8), [7, 7], [7, 7])  # rounds 1 to 4 of two slots
+    host.ranks[0].release = lambda value: told.append(value) or host.queues.clear()  # type: ignore[method-assign, assignment]
+    assert copies.give_up(5) and told == [4]
+    assert copies.give_up(0) and told == [4], "released again though nothing waits"
+
+
+def test_what_nobody_awaits_keeps_its_memory_until_it_is_done() -> None:
+    host = Host(2, slots=2, slot_bytes=64, one_queue=False)
+    ranks = [Copies(lanes) for lanes in host.ranks]
+
+    def start() -> list[weakref.ref[Tensor]]:
+        rows = torch.zeros(4, 8, dtype=torch.uint8)
+        return [weakref.ref(rows), weakref.ref(ranks[0].start(rows, [2, 2], [2, 2])[0])]
+
+    dropped = start()
+    awaited = ranks[0].start(torch.zeros(4, 8, dtype=torch.uint8), [2, 2], [2, 2])
+    gone = weakref.ref(awaited[0])
+    awaited[1].wait()
+    del awaited
+    host.queues[0, "main"].pop()  # the wait, which holds the events here
+    gc.collect()
+    assert all(ref() is not None for ref in dropped)
+    for _ in range(2):
+        ranks[1].start(torch.zeros(4, 8, dtype=torch.uint8), [2, 2], [2, 2])
+    assert host.run(random.Random(0)) == 0
+    start()
+    gc.collect()
+    assert all(ref() is None for ref in dropped) and gone() is None
+
+
 def test_a_group_takes_the_copies_it_was_given() -> None:
     host = Host(2, slots=2, slot_bytes=64, one_queue=False)
     groups = [Group(r, 2, copies=Copies(lanes)) for r, lanes in enumerate(host.ranks)]
@@ -189,7 +240,18 @@ class Threads(Lanes):
                 for future in given:
                     future.result(timeout=20)
 
+            def is_done(self) -> bool:
+                return all(future.done() for future in given)
+
         return Work()
+
+    def is_idle(self) -> bool:
+        return all(future.done() for future in self.given)
+
+    def release(self, value: int) -> None:
+        with self.news:
+            super().release(value)
+            self.news.notify_all()
 
     def _give(self, lane: Any, step: Step) -> None:
         def work() -> None:
@@ -200,7 +262,7 @@ class Threads(Lanes):
         self.given.append(self.pools[lane].submit(work))
 
 
-@pytest.mark.parametrize("size, heads, parts", [(2, 4, 2), (2, 8, 4), (3, 6, 2), (4, 2, 2)])
+@pytest.mark.parametrize("size, heads, parts", [(2, 4, 2), (2, 8, 4), (3, 6, 2), (4, 2, 2), (8, 8, 2)])
 def test_attention_over_copies_is_that_of_one_rank(size: int, heads: int, parts: int) -> None:
     """Bit for bit what collectives are held to; (4, 2): more ranks than heads, keys to all, some messages empty."""
     tokens, K, generator = 37, 8, torch.Generator().manual_seed(heads)
@@ -219,6 +281,17 @@ def test_attention_over_copies_is_that_of_one_rank(size: int, heads: int, parts:
     wanted = exact(qkv, *rest, 0)
     bound = 0.0 if heads % size == 0 else 1e-6
     assert all((one - wanted).abs().max() <= bound for one in found)
+
+
+def test_lanes_of_a_peer_that_never_comes_end_when_they_are_given_up() -> None:
+    """Of both ranks that wait for the third, though each tells the other rounds that were long before."""
+    host, news = Host(3, slots=2, slot_bytes=4, one_queue=False), threading.Condition()
+    both = [Copies(Threads(host, r, 2, 4, news)) for r in (0, 1)]
+    for copies in both:
+        copies.start(torch.zeros(90, 4, dtype=torch.uint8), [30] * 3, [30] * 3)
+    assert not any(copies.has_ended(0.05) for copies in both)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda copies: copies.give_up(10), both)) == [True, True]
 
 
 # --- the lanes of a GPU, as far as there are none -----------------------------------------------------
@@ -252,16 +325,13 @@ class Stream:
 
 def test_flags_are_set_where_the_peer_looks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one rank sets lies where the other waits; slots behind the flags, a box for each peer."""
-    size, slot_bytes = 3, 16
-    memory = [
-        torch.zeros(peer_memory.FLAGS + 2 * peer_memory.SLOTS * slot_bytes, dtype=torch.uint8)
-        for _ in range(size)
-    ]
+    size, slots, slot_bytes = 3, 5, 16
+    memory = [torch.zeros(peer_memory.FLAGS + 2 * slots * slot_bytes, dtype=torch.uint8) for _ in range(size)]
     calls: list[tuple[str, int, int]] = []
 
     def rank(number: int) -> PeerMemory:
         made = object.__new__(PeerMemory)
-        made.rank, made.size, made.slots, made.slot_bytes = number, size, peer_memory.SLOTS, slot_bytes
+        made.rank, made.size, made.slots, made.slot_bytes = number, size, slots, slot_bytes
         made._all, driver = memory, object.__new__(Driver)
         driver._set = lambda stream, address, value, flags: calls.append(("set", address, value)) or 0
         driver._await = lambda stream, address, value, flags: calls.append(("await", address, value)) or 0
@@ -270,16 +340,27 @@ def test_flags_are_set_where_the_peer_looks_for_them(monkeypatch: pytest.MonkeyP
 
     for one in range(size):
         for other in set(range(size)) - {one}:
-            for flag in (0, 1):
-                rank(one).tell(("out", other), other, flag, 7)
-                rank(other).await_(("in", one), one, flag, 7)
+            for flag, slot in product((READY, TAKEN), range(slots)):
+                rank(one).tell(("out", other, 0), other, flag, slot, 7)
+                rank(other).await_(("in", one, 0), one, flag, slot, 7)
                 (_, told, _), (_, awaited, _) = calls[-2:]
                 base = memory[other].data_ptr()
                 assert told == awaited and base <= told < base + peer_memory.FLAGS and told % 4 == 0
-            for slot in range(peer_memory.SLOTS):
+            for slot in range(slots):
                 rank(one).outbox(other, slot).fill_(10 * one + other)
                 assert (rank(other).inbox(one, slot) == 10 * one + other).all()
-    assert len({address for what, address, _ in calls if what == "set"}) == size * (size - 1) * 2
+    told = {address for what, address, _ in calls if what == "set"}
+    assert len(told) == size * (size - 1) * 2 * slots
+    calls.clear()
+    one = rank(1)
+    one._aside = Stream([])  # type: ignore[assignment]
+    one.release(9)
+    assert {value for _, _, value in calls} == {9}
+    base, found = memory[1].data_ptr(), {address for _, address, _ in calls}
+    mine = {address for address in told if base <= address < base + peer_memory.FLAGS}
+    assert mine < found and max(found) < base + peer_memory.FLAGS, (
+        "every flag that a lane of this rank awaits"
+    )
     for one in range(size):  # no box was written twice, no flag by a copy
         assert (memory[one][peer_memory.FLAGS :].view(2, -1).float().std(dim=1) == 0).all()
         assert not memory[one][: peer_memory.FLAGS].any()

@@ -94,6 +94,9 @@ def test_refusals() -> None:
     pair = bind()
     with pytest.raises(EnvironmentProblem, match="graphs: need a CUDA device, got cpu"):
         Graphed(pair)
+    shared = SimpleNamespace(network=SimpleNamespace(ranks=SimpleNamespace(size=2)), ctx=pair.cond)
+    with pytest.raises(EnvironmentProblem, match="graphs: ranks must not share tokens, got 2"):
+        Graphed(shared, rerunning([]))
     graphed = Graphed(pair, rerunning([]))
     graphed(latent(1), 0)
     with pytest.raises(ValueError, match="latent must stay"):

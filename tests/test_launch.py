@@ -166,6 +166,7 @@ def test_what_cannot_be_shared_is_refused_before_the_start(
         ([spec, "--gpus", "3", "--context", "2"], 2, "gpus: must be a multiple"),
         ([spec, "--gpus", "2", "--graphs"], 2, "graphs"),
         ([spec, "--gpus", "0"], 2, "--gpus"),
+        ([spec, "--gpus", "2", "--exchange", "nccl"], 2, "exchange"),
     ]  # fmt: skip
     for arguments, code, message in table:
         run = generate(models, out, *arguments)
@@ -174,7 +175,7 @@ def test_what_cannot_be_shared_is_refused_before_the_start(
         run = generate(models, out, spec, "--gpus", "2", "--device", "cuda")
         assert run.code == 3 and "gpus: must be at most the GPUs of this machine, got 2" in run.err
     run = generate(models, out, spec, free, "--gpus", "4", "--dry-run")
-    assert run.code == 0 and "4 ranks: 2 clips at once, each on context=2 x cfg=1" in run.out
+    assert run.code == 0 and "4 ranks: 2 clips at once, each on context=2 x cfg=1, exchange auto" in run.out
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ def test_recipe_and_plan_refuse_what_does_not_exist_yet() -> None:
         Plan(device="cpu", graphs=True)
     with pytest.raises(ValueError, match="plan: graphs need context=1, got 2"):
         Plan(graphs=True, context=2)
+    assert Plan().exchange == "auto" and Plan(context=2, exchange="copies").to_dict()["exchange"] == "copies"
 
 
 def test_shares_of_steps_in_full_precision_do_not_overlap() -> None:

@@ -71,7 +71,9 @@ class Bench:
         self.device = self.ranks.device("cpu" if args.smoke else "cuda")
         kind = self.device.type
         parallel.join(self.ranks, self.device, timeout_s=150)
-        self.cfg, self.context = (Mesh.open(Plan(device=kind, **{axis: 2})) for axis in ("cfg", "context"))
+        # Collectives: loops of both exchanges take turns, and `by_copies` opens the other.
+        plans = (Plan(device=kind, exchange="collectives", **{axis: 2}) for axis in ("cfg", "context"))
+        self.cfg, self.context = map(Mesh.open, plans)
         self.world = self.cfg.world
         self.config = NetworkConfig.tiny() if args.smoke else NetworkConfig.single()
         self.grid = SMOKE_GRID if args.smoke else GRID
