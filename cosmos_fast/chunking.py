@@ -135,8 +135,8 @@ def is_black(control: np.ndarray | Tensor) -> bool:
 
     The network gets a zero latent for such a control, not the encoding of black.
     """
-    is_pixels = str(control.dtype).endswith("uint8")
-    return bool((control == (0 if is_pixels else -1)).all())
+    black = 0 if str(control.dtype).endswith("uint8") else -1
+    return all(bool((frame == black).all()) for frame in control)  # most are known by their first frame
 
 
 # ------------------------------------------------------------------------------------------- weights

@@ -85,17 +85,23 @@ def last_frames(before: np.ndarray | None, frames: np.ndarray, count: int) -> np
 
 
 def joined(pieces: Iterable[Piece]) -> Iterator[Part]:
-    """The parts that pieces make up, each as soon as its last window is there."""
+    """The parts that pieces make up, each as soon as its last window is there.
+
+    A window is copied to its place when it comes, while the device makes the next.
+    """
     opening: Opening | None = None
-    windows: list[np.ndarray] = []
+    frames: np.ndarray | None = None
     for piece in pieces:
         if isinstance(piece, Opening):
-            opening, windows = piece, []
+            opening, frames = piece, None
             continue
         assert opening is not None, "pieces: a window came before its opening"
-        windows.append(piece.frames)
-        if piece.start + len(piece.frames) == opening.chunk.keep:
-            yield Part(frames=np.concatenate(windows), **vars(opening))
+        if frames is None:
+            frames = np.empty((opening.chunk.keep, *piece.frames.shape[1:]), piece.frames.dtype)
+        stop = piece.start + len(piece.frames)
+        frames[piece.start : stop] = piece.frames
+        if stop == opening.chunk.keep:
+            yield Part(frames=frames, **vars(opening))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ alone: not on the number of threads and not on how a clip was cut into calls.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,17 +57,23 @@ GUIDED_FILTER: Final = MappingProxyType({".mp4": "area", ".npz": "linear"})
 BATCH: Final = 1
 """Frames a worker handles at once, so that a few frames already keep all workers busy."""
 
+WORKERS: Final = min(8, os.cpu_count() or 1)
+"""Threads that make controls by default, and go on living for the next ones."""
+
 
 # -------------------------------------------------------------------------------------- edge and vis
 
 
-def edge(frames: np.ndarray, preset: str = "medium", *, threads: int | None = None) -> np.ndarray:
+def edge(
+    frames: np.ndarray, preset: str = "medium", *, threads: int | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """Canny edges, 255 on 0, the same in all three channels.
 
     Works on the three RGB channels directly; at each pixel the channel with the steepest gradient counts, so
     neither a grey conversion nor BGR order gives the same edges. Aperture 3, L1 gradient.
 
-    Shapes: frames (F, H, W, 3) uint8; returns the same. `threads`: default up to 8, the result is the same.
+    Shapes: frames (F, H, W, 3) uint8; returns the same, in `out` if given. `threads`: default WORKERS, the result is the
+    same.
     """
     low, high = _preset(EDGE_THRESHOLDS, preset, "preset_edge_threshold")
 
@@ -74,16 +81,18 @@ def edge(frames: np.ndarray, preset: str = "medium", *, threads: int | None = No
         for frame, result in zip(part, out, strict=True):
             cv2.cvtColor(cv2.Canny(frame, low, high), cv2.COLOR_GRAY2RGB, result)
 
-    return _map_frames(detect, frames, threads)
+    return _map_frames(detect, frames, threads, out)
 
 
-def vis(frames: np.ndarray, preset: str = "medium", *, threads: int | None = None) -> np.ndarray:
+def vis(
+    frames: np.ndarray, preset: str = "medium", *, threads: int | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
     """Blurred frames: area shrink, bilateral filter, linear enlargement, antialiased bicubic down and up.
 
     Every stage is rounded to uint8. Each frame is handled by itself.
 
-    Shapes: frames (F, H, W, 3) uint8, H and W at least 4 to 16 by preset; returns the same.
-    `threads`: default up to 8, the result is the same.
+    Shapes: frames (F, H, W, 3) uint8, H and W at least 4 to 16 by preset; returns the same, in `out` if given.
+    `threads`: default WORKERS, the result is the same.
     """
     before, after = _preset(BLUR_FACTORS, preset, "preset_blur_strength")
     _check(frames, "vis")
@@ -102,7 +111,7 @@ def vis(frames: np.ndarray, preset: str = "medium", *, threads: int | None = Non
         x = _bicubic(x, (height // after, width // after))
         out[:] = _bicubic(x, (height, width)).permute(0, 2, 3, 1).numpy()
 
-    return _map_frames(blur, frames, threads)
+    return _map_frames(blur, frames, threads, out)
 
 
 def _bicubic(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -112,17 +121,35 @@ def _bicubic(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _map_frames(
-    work: Callable[[np.ndarray, np.ndarray], None], frames: np.ndarray, threads: int | None
+    work: Callable[[np.ndarray, np.ndarray], None],
+    frames: np.ndarray,
+    threads: int | None,
+    out: np.ndarray | None,
 ) -> np.ndarray:
     """Run `work(part, out)` over batches of frames in a pool; OpenCV and torch release the GIL."""
     _check(frames, "controls")
-    out = np.empty_like(frames, order="C")
+    made = np.empty_like(frames, order="C") if out is None else out
     parts = [slice(start, start + BATCH) for start in range(0, len(frames), BATCH)]
-    workers = min(threads or min(8, os.cpu_count() or 1), len(parts))
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda part: work(frames[part], out[part]), parts):
+
+    def run(pool: ThreadPoolExecutor) -> None:
+        for _ in pool.map(lambda part: work(frames[part], made[part]), parts):
             pass
-    return out
+
+    if threads is None:
+        run(_workers())
+    else:
+        with ThreadPoolExecutor(min(threads, len(parts))) as pool:
+            run(pool)
+    return made
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """To start eight threads for every eight frames takes longer than some frames do."""
+    return ThreadPoolExecutor(WORKERS, "controls")
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
 
 
 def _check(frames: np.ndarray, what: str) -> None:
@@ -165,12 +192,17 @@ class FrameMaker:
 
     name: str
     field: str
-    function: Callable[[np.ndarray, str], np.ndarray]
+    function: Callable[..., np.ndarray]
+    """(frames, preset, out=array to write to or None) -> the control."""
 
     def make(
         self, frames: np.ndarray, control: Any, *, source: Path | None = None, start: int = 0, stop: int = 0
     ) -> np.ndarray:
-        return self.function(frames, getattr(control, self.field))
+        return self.function(frames, getattr(control, self.field), out=None)
+
+    def fill(self, frames: np.ndarray, control: Any, out: np.ndarray) -> np.ndarray:
+        """Make it where it is to be."""
+        return self.function(frames, getattr(control, self.field), out=out)
 
 
 MAKERS: Final[Mapping[str, ControlMaker]] = MappingProxyType(

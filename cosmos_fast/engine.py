@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 
 from . import controls, graphs, models, quant, sampler, vae_fp8
-from .chunking import (
-    Chunk,
-    conditional_latents,
-    guided_map,
-    seed_chain,
-    weight_maps,
-    weight_vector,
-)
+from .chunking import Chunk, conditional_latents, guided_map, seed_chain, weight_maps, weight_vector
 from .clip_parts import Opening, Part, Piece, Progress, Result, Step, Window, joined, last_frames, screened
 from .clip_plan import ClipPlan
 from .context import Context
@@ -40,6 +33,7 @@ from .parallel import Halves, Mesh
 from .planning import preflight
 from .reading import Reader, Reading
 from .recipe import Plan, Recipe
+from .rooms import Rooms
 from .self_attention import SelfAttention, exact
 from .self_attention8 import fp8, precise, scheduled
 from .spec import Spec
@@ -98,7 +92,7 @@ class Engine:
         self.mesh = mesh or Mesh.open(self.plan)
         self.device = self.mesh.device
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
-        self.stages = Stages(self.device)
+        self.stages, self._rooms = Stages(self.device), Rooms()
         self.makers = makers
         self.clip_makers = clip_makers or Makers(self.device, without=makers)
         self.limits = models.limits(checkpoint) | ({"chunk_lengths": chunk_lengths} if chunk_lengths else {})
@@ -125,9 +119,10 @@ class Engine:
 
     def generate(self, spec: Spec | ClipPlan, on_step: Progress | None = None) -> Result:
         """Make one clip and return all of it."""
-        clip = self.planned(spec)
-        frames = [part.frames for part in self.stream(clip, on_step)]
-        return Result(clip, np.concatenate(frames), self.stages.record())
+        clip = self.mesh.world.first(partial(self.planned, spec))
+        parts = [part.frames for part in self.stream(clip, on_step)]
+        frames = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return Result(clip, frames, self.stages.record())
 
     def stream(self, spec: Spec | ClipPlan, on_step: Progress | None = None) -> Iterator[Part]:
         """Make one clip chunk by chunk; each Part is yielded as soon as its frames are decoded and screened.
@@ -135,8 +130,8 @@ class Engine:
         Raises Refused where guardrails block: for frames at the part that is one too many, so a caller who gets it
         must drop the parts before.
         """
-        clip = self.planned(spec)
         world = self.mesh.world
+        clip = world.first(partial(self.planned, spec))
         watch = world.by_first(partial(self.watch, clip), None)
         clip = world.first(partial(self.clip_makers.complete, clip))
         for part in self.parts(clip, on_step):
@@ -169,7 +164,7 @@ class Engine:
         schedule = self.schedule(clip)
         tail: np.ndarray | None = None
         with (
-            ClipInputs(clip, self.makers) as inputs,
+            ClipInputs(clip, self.makers, self._rooms) as inputs,
             Reader(inputs, clip.chunks, self.stages) as reader,
         ):
             with self.stages("text"):

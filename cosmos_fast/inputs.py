@@ -23,6 +23,7 @@ from .controls import (
     mask_prompt_problem,
 )
 from .formats import ClipError
+from .rooms import Rooms
 from .video import Probe, Source, probe, resize
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ class ChunkInputs:
 class ClipInputs:
     """Opens the files of a planned clip; `read` gives one chunk at a time, in order. A context manager.
 
-    Raises EnvironmentProblem for a mask that is still words: a control without it would act everywhere.
+    rooms: where memory of chunks comes from, to share it with other clips; by default it is this clip's own. Raises EnvironmentProblem for a mask that is still words: a control without it would act everywhere.
     """
 
-    def __init__(self, clip: ClipPlan, makers: Mapping[str, ControlMaker] = MAKERS) -> None:
-        self.clip, self._makers = clip, makers
+    def __init__(
+        self, clip: ClipPlan, makers: Mapping[str, ControlMaker] = MAKERS, rooms: Rooms | None = None
+    ) -> None:
+        self.clip, self._makers, self._rooms = clip, makers, rooms or Rooms()
         for name, words in clip.masks_in_words.items():
             raise mask_prompt_problem(name, words)
         keep = max(clip.spec.num_conditional_frames, 1)
@@ -78,15 +81,15 @@ class ClipInputs:
         return given
 
     def room(self, chunk: Chunk) -> ChunkInputs:
-        """Arrays for a chunk's inputs, with nothing in them yet."""
+        """Arrays for a chunk's inputs, with anything in them yet."""
         width, height = self.clip.model_size
-        size = (chunk.length, height, width)
+        size, take = (chunk.length, height, width), self._rooms.take
         has_guide = self._guided is not None or self._labels is not None
         return ChunkInputs(
-            np.empty((*size, 3), np.uint8),
-            {name: np.empty((*size, 3), np.uint8) for name in self.clip.spec.controls},
-            {name: np.empty(size, np.bool_) for name in self._masks},
-            np.empty(size, np.float32) if has_guide else None,
+            take((*size, 3), np.uint8),
+            {name: take((*size, 3), np.uint8) for name in self.clip.spec.controls},
+            {name: take(size, np.bool_) for name in self._masks},
+            take(size, np.float32) if has_guide else None,
         )
 
     def fill(self, chunk: Chunk, given: ChunkInputs, start: int, stop: int) -> list[str]:
@@ -119,14 +122,21 @@ class ClipInputs:
             if name in self._controls:
                 continue
             made, maker = given.controls[name], find_maker(name, self._makers)
-            begin = start if isinstance(maker, FrameMaker) else 0
-            if isinstance(maker, FrameMaker) or stop == chunk.length:
+            if isinstance(maker, FrameMaker):
+                out = made[start:stop]
+                _copy(out, maker.fill(given.frames[start:stop], control, out), name)
+            elif stop == chunk.length:
                 frames = maker.make(
-                    given.frames[begin:stop], control, source=self.clip.spec.video_path, start=chunk.start,
+                    given.frames,
+                    control,
+                    source=self.clip.spec.video_path,
+                    start=chunk.start,
                     stop=chunk.stop,
-                )  # fmt: skip
-                _copy(made[begin:stop], frames, name)
-                there.append(name)
+                )
+                _copy(made, frames, name)
+            else:
+                continue
+            there.append(name)
         return there
 
     @staticmethod
@@ -174,4 +184,5 @@ def _copy(out: np.ndarray, made: np.ndarray, name: str) -> None:
             f"{name}: its maker must return {out.dtype} {out.shape}, one control frame for each frame given, "
             f"got {made.dtype} {made.shape}."
         )
-    out[:] = made
+    if made is not out:
+        out[:] = made

@@ -101,21 +101,23 @@ def _windows(length: int) -> list[tuple[int, int]]:
 
 
 class Reader:
-    """Readings of `chunks` in order, the next one begun before the one given is used. A context manager.
+    """Readings of `chunks` in order, the first one begun at once, the next one before the one given is used.
+
+    A context manager.
 
     Seconds of the thread are told to `stages` as "inputs".
     """
 
     def __init__(self, inputs: ClipInputs, chunks: Sequence[Chunk], stages: Stages) -> None:
         self._inputs, self._stages = inputs, stages
-        self._readings = [Reading(chunk) for chunk in chunks]
+        self._readings, self._last = [Reading(chunk) for chunk in chunks], chunks[-1]
         self._stop = threading.Event()
         self._worker = Worker(self._read, len(chunks), "reader")
+        for reading in self._readings[:1]:
+            self._worker.put(reading)
 
     def __iter__(self) -> Iterator[Reading]:
         readings, self._readings = self._readings, []  # a chunk's frames go when its user drops them
-        for reading in readings[:1]:
-            self._worker.put(reading)
         while readings:
             for following in readings[1:2]:
                 self._worker.put(following)
@@ -124,6 +126,8 @@ class Reader:
     def _read(self, reading: Reading) -> None:
         with self._stages.beside("inputs"):
             reading.read(self._inputs, self._stop)
+            if reading.chunk == self._last:
+                self._inputs.close()  # its threads and memory go while others work
 
     def __enter__(self) -> Reader:
         return self

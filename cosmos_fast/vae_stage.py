@@ -81,9 +81,10 @@ class VAEStage:
         return read
 
     def _pixels(self, frames_FHW3: np.ndarray, scaled_in: torch.dtype) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(frames_FHW3))
-        if self.device.type == "cuda":  # from pinned memory the copy is queued, not waited for
-            host = host.pin_memory()
+        host = torch.from_numpy(frames_FHW3)
+        if self.device.type == "cuda":  # from pinned memory the copy to the device is queued, not waited for
+            host = torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host)
+        host = host.contiguous()
         return ops.normalized(host.to(self.device, non_blocking=True), scaled_in).to(self.dtype)
 
     def decode(self, z_1CTHW: Tensor, frames: int) -> Iterator[np.ndarray]:

@@ -6,7 +6,11 @@ Frames are uint8 RGB (F, H, W, 3), upright, with square pixels. Reading, probing
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final
 
 import av
 import numpy as np
@@ -30,6 +34,10 @@ __all__ = [
     "resize",
     "write_image",
 ]
+
+
+CONVERTERS: Final = min(4, os.cpu_count() or 1)
+"""Threads that turn decoded frames of a file into pixels, while the next ones are decoded."""
 
 
 class Source:
@@ -65,6 +73,7 @@ class Source:
         self._keep = keep
         background = 255 if probe.kind == "image" else 0
         self._convert = RGBConverter(probe.orientation, self.size, filter, background)
+        self._converters: ThreadPoolExecutor | None = None
         self._decoder: Decoder | None = None
         self._tail = self._nothing()
         self._stream: Iterator[av.VideoFrame] = iter(())
@@ -87,17 +96,7 @@ class Source:
         if stop <= self._position:
             return out
         before = self._tail if start <= self._position else self._tail[:0]
-        while self._position < stop:
-            frame = next(self._stream, None)
-            if frame is None:
-                expected = self.probe.frames
-                raise MediaError(
-                    f"{self._path}: must have {expected} frames as probed, got {self._position}."
-                )
-            # Frames before the window are decoded, since later ones depend on them, but not converted.
-            if self._position >= start:
-                out[self._position - start] = self._convert(frame)
-            self._position += 1
+        self._decode(start, stop, out)
         if len(out) < self._keep:  # short windows one after the other keep as much as a long one
             out_and_before = np.concatenate((before, out[len(held) :]))
             self._tail = out_and_before[max(0, len(out_and_before) - self._keep) :]
@@ -105,11 +104,39 @@ class Source:
             self._tail = out[len(out) - self._keep :].copy()
         return out
 
+    def _decode(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Go on to frame `stop`, what is behind `start` into its place in `out`."""
+        under_way: deque[Future[None]] = deque()
+        try:
+            while self._position < stop:
+                frame = next(self._stream, None)
+                if frame is None:
+                    raise MediaError(
+                        f"{self._path}: must have {self.probe.frames} frames as probed, got {self._position}."
+                    )
+                # Frames before the window are decoded, since later ones depend on them, but not converted.
+                if self._position >= start:
+                    under_way.append(self._converting(frame, out[self._position - start]))
+                if len(under_way) > 2 * CONVERTERS:
+                    under_way.popleft().result()
+                self._position += 1
+        finally:
+            wait(under_way)
+        for done in under_way:
+            done.result()
+
+    def _converting(self, frame: av.VideoFrame, out_HW3: np.ndarray) -> Future[None]:
+        if self._converters is None:
+            self._converters = ThreadPoolExecutor(CONVERTERS, "convert")
+        return self._converters.submit(self._convert, frame, out_HW3)
+
     def close(self) -> None:
         """Release the file; a later read opens it again."""
         if self._decoder is not None:
             self._decoder.close()
-        self._decoder = None
+        if self._converters is not None:
+            self._converters.shutdown()
+        self._decoder = self._converters = None
         self._tail = self._nothing()
 
     def __enter__(self) -> Source:

@@ -7,6 +7,7 @@ Shape letters: H rows, W columns.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -32,8 +33,11 @@ _ATTACHED_PICTURE = 0x400
 # swscale knows these matrices by the same number as the H.273 tag; 6 is another name of 5 and 10 of 9.
 _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 _BT601, _LIMITED, _FULL = 5, 1, 2
+_PYAV = int(av.__version__.split(".")[0])
 # Up to PyAV 18 a tag that is not UTF-8 keeps the file from opening; PyAV 19 replaces it by itself.
-_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if _PYAV < 19 else {}
+# From PyAV 17 on a frame is converted by as many threads as there are cores: waking 32 costs more than the work.
+_ONE_THREAD = {"threads": 1} if _PYAV >= 17 else {}
 _EXPAND_GREY = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
 _RGB_FLAGS = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -255,7 +259,7 @@ class RGBConverter:
     """Turn decoded frames into upright uint8 RGB (H, W, 3) at one size.
 
     The matrix and range tags of each frame are honoured; without a tag BT.601 limited range is read, as the
-    published system does. Transparency is laid over `background` (0 black, 255 white).
+    published system does. Transparency is laid over `background` (0 black, 255 white). Several threads may call it.
     """
 
     def __init__(
@@ -265,26 +269,35 @@ class RGBConverter:
         self.size = size
         self.filter = filter
         self.background = background
-        self._reformatter = VideoReformatter()
+        self._own = threading.local()  # a reformatter serves one frame at a time
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+    def __call__(self, frame: av.VideoFrame, out_HW3: np.ndarray) -> None:
+        """Write the pixels of a frame to out_HW3, which has the size."""
         alpha = has_alpha(frame)
         source_range = _FULL if is_full_range(frame) else _LIMITED
-        out = self._reformatter.reformat(
+        if not hasattr(self._own, "reformatter"):
+            self._own.reformatter = VideoReformatter()
+        rgb = self._own.reformatter.reformat(
             frame,
             format="rgba" if alpha else "rgb24",
             src_colorspace=_MATRICES.get(frame.colorspace, _BT601),
             src_color_range=source_range,
             dst_color_range=_FULL,
             interpolation=_RGB_FLAGS,
+            **_ONE_THREAD,
         )
-        pixels = out.to_ndarray()
+        pixels = rgb.to_ndarray()
         if frame.color_range == _LIMITED and frame.format.name.startswith("gray"):
             pixels = _EXPAND_GREY[pixels]  # swscale takes all grey as full range
         if alpha:
             pixels = _over(pixels, self.background)
-        upright = np.ascontiguousarray(self.orientation.apply(pixels))
-        return resize_frame(upright, self.size, self.filter)
+        upright = self.orientation.apply(pixels)
+        if upright.shape[:2] == out_HW3.shape[:2]:
+            out_HW3[:] = upright
+        else:
+            cv2.resize(
+                np.ascontiguousarray(upright), tuple(self.size), out_HW3, interpolation=FILTERS[self.filter]
+            )
 
 
 def _over(pixels_HW4: np.ndarray, background: int) -> np.ndarray:
