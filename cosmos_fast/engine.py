@@ -30,7 +30,7 @@ from .inputs import ChunkInputs, ClipInputs
 from .makers import Makers
 from .network import Network, Pair, Prompt, Single
 from .parallel import Halves, Mesh
-from .planning import preflight
+from .planning import Files, preflight
 from .reading import Reader, Reading
 from .recipe import Plan, Recipe
 from .rooms import Rooms
@@ -92,7 +92,7 @@ class Engine:
         self.mesh = mesh or Mesh.open(self.plan)
         self.device = self.mesh.device
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
-        self.stages, self._rooms = Stages(self.device), Rooms()
+        self.stages, self._rooms, self._probed = Stages(self.device), Rooms(), Files()
         self.makers = makers
         self.clip_makers = clip_makers or Makers(self.device, without=makers)
         self.limits = models.limits(checkpoint) | ({"chunk_lengths": chunk_lengths} if chunk_lengths else {})
@@ -196,7 +196,7 @@ class Engine:
         makers = (*self.makers, *self.clip_makers.factories, *(["style"] if self.style is not None else []))
         batch = preflight(
             [spec], self.model, makers=makers, configs={self.model: self.network.config}, recipe=self.recipe,
-            plan=self.plan, **self.limits,
+            plan=self.plan, files=self._probed, **self.limits,
         )  # fmt: skip
         self.clip_makers.check(batch.clips)
         return batch.clips[0]

@@ -16,11 +16,21 @@ from .chunking import chunk_plan, read_label_mask
 from .clip_plan import BatchPlan, ClipPlan
 from .config import NetworkConfig
 from .control_spec import Control
-from .formats import CHUNK_FRAMES, CONTROLS, DISTILLED, MODELS, CosmosFastError, SpecError, model_size
+from .formats import (
+    CHUNK_FRAMES,
+    CONTROLS,
+    DISTILLED,
+    MODELS,
+    CosmosFastError,
+    MediaError,
+    SpecError,
+    model_size,
+)
 from .outputs import name_problems
 from .recipe import Plan, Recipe
 from .spec import Spec
 from .video import Probe, probe
+from .video_sniff import stat_regular
 
 MAKERS = ("edge", "vis", "depth", "seg", "mask", "style")
 """What can be computed here from the input: controls by name, "mask" from a mask_prompt, "style" images."""
@@ -55,26 +65,33 @@ def config_for(model: str) -> NetworkConfig:
 
 
 @dataclass
-class _Files:
-    """Each file is probed once for the whole batch, however many clips share it."""
+class Files:
+    """Each file is probed once, however many clips share it, and again when its size or time of change is another."""
 
-    on_corrupt: Literal["fail", "warn"]
-    seen: dict[Path, Probe | str] = field(default_factory=dict)
+    on_corrupt: Literal["fail", "warn"] = "fail"
+    seen: dict[Path, tuple[tuple[int, int], Probe | str]] = field(default_factory=dict)
 
     def probe(self, path: Path) -> Probe | str:
         """The probe, or why there is none."""
-        if path not in self.seen:
+        try:
+            info = stat_regular(path)
+        except MediaError as error:
+            return str(error)
+        state = info.st_size, info.st_mtime_ns
+        if path not in self.seen or self.seen[path][0] != state:
+            found: Probe | str
             try:
-                self.seen[path] = probe(path, self.on_corrupt)
+                found = probe(path, self.on_corrupt)
             except (CosmosFastError, OSError) as error:
-                self.seen[path] = str(error)
-        return self.seen[path]
+                found = str(error)
+            self.seen[path] = state, found
+        return self.seen[path][1]
 
 
 class _Check:
     """Every rule of one clip; problems and notes pile up in the order of the spec's keys."""
 
-    def __init__(self, spec: Spec, files: _Files, makers: Collection[str]) -> None:
+    def __init__(self, spec: Spec, files: Files, makers: Collection[str]) -> None:
         self.spec, self.files, self.makers = spec, files, makers
         self.problems: list[str] = []
         self.notes: list[str] = list(spec.notes)
@@ -304,7 +321,7 @@ def preflight(
     makers: Collection[str] = MAKERS, configs: Mapping[str, NetworkConfig] | None = None,
     recipe: Recipe | None = None, plan: Plan | None = None, on_corrupt: Literal["fail", "warn"] = "fail",
     resolutions: Collection[str] | None = None, defaults: Mapping[str, Any] | None = None,
-    rates: Mapping[str, Any] | None = None, strict: bool = True,
+    rates: Mapping[str, Any] | None = None, strict: bool = True, files: Files | None = None,
 ) -> BatchPlan:  # fmt: skip
     """Plan every clip; raise one SpecError with every problem of every clip, each led by the clip's name.
 
@@ -312,11 +329,13 @@ def preflight(
     published ones. makers: what can be computed from the input, see MAKERS. rates: TFLOP/s of this machine
     for "encode", "denoise" and "decode", and their "source". resolutions: the keys the model was trained for,
     None for all. defaults: the model's own values of keys that a spec leaves out. strict=False returns the clips that can run,
-    with the problems of the others in `BatchPlan.problems`.
+    with the problems of the others in `BatchPlan.problems`. files: what was probed for batches before, in place of
+    `on_corrupt`.
     """
     if model != "auto" and model not in MODELS:
         raise SpecError(f"model: must be auto or one of {', '.join(MODELS)}, got {model!r}.")
-    problems, plans, files = name_problems([spec.name for spec in specs]), [], _Files(on_corrupt)
+    problems, plans = name_problems([spec.name for spec in specs]), []
+    files = files or Files(on_corrupt)
     for spec in specs:
         spec, notes = _with_defaults(spec, defaults or {}, model)
         check = _Check(spec, files, makers)
