@@ -28,6 +28,9 @@ FILTERS = {
     "lanczos": cv2.INTER_LANCZOS4,
 }
 
+DECODERS = min(8, os.cpu_count() or 1)
+"""Threads that decode a file: fewer than FFmpeg would take, since several processes of a host may read at once."""
+
 _HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 _ATTACHED_PICTURE = 0x400
 # swscale knows these matrices by the same number as the H.273 tag; 6 is another name of 5 and 10 of 9.
@@ -163,7 +166,7 @@ class Decoder:
         if self.demuxer in IMAGE_FORMATS:
             codec.options |= {"err_detect": "explode"}
         codec.thread_type = "AUTO"
-        codec.thread_count = 0 if self.threaded else 1
+        codec.thread_count = DECODERS if self.threaded else 1
 
     def frames_stated(self) -> int:
         """Frames the header promises, 0 if it does not say; a Matroska header tells it as a duration."""
