@@ -28,13 +28,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from cosmos_fast.kernels.channel_sums import channel_sums
 from cosmos_fast.kernels.launch import Config, on_device_of
 from cosmos_fast.kernels.norm_rope import normed_rotated
 from cosmos_fast.kernels.value_codes import E4M3, begins, sent_from, store_codes, write_v_codes
 from torch import Tensor
 
-# Tokens of one program and warps; MOMENTS measured on one H200 at 84,480 tokens: 128/8 0.551 ms, 128/4 0.382, 64/4 0.429, 128/16 0.530.
+# Tokens of one program and warps. MOMENTS was measured on one H200 at 84,480 tokens with conversions to fp64, which bound it: 128/8 0.551 ms,
+# 128/4 0.382, 64/4 0.429, 128/16 0.530. channel_sums does without them; not measured yet.
 MOMENTS = Config(128, 4)
+STAGES = 3  # tokens of MOMENTS in flight or in use
 CODES = Config(1, 4)
 ROTATED = Config(4, 4)
 VALUES = Config(128, 8)
@@ -46,49 +49,6 @@ def power_of_two(x):
     """The next one above x >= 0, 1 for 0; NaN for what is not finite."""
     above = (((x.to(tl.int32, bitcast=True) >> 23) + 1) << 23).to(tl.float32, bitcast=True)
     return tl.where(x == 0, 1.0, tl.where(x < float("inf"), above, float("nan")))
-
-
-@triton.jit
-def _moments_kernel(
-    qkv, k_gain, cos, sin, sums, ends, L, cos_stride, sin_stride, eps,
-    N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
-):  # fmt: skip
-    HALF: tl.constexpr = K // 2
-    chunk = tl.program_id(0).to(tl.int64)
-    heads, cols = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
-    keep, at, spread = (heads < N) & (cols < HALF), heads * K + cols, heads * 0 + cols
-    none = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float32)
-    # fp64 adds 16-bit values without an error, so in any order.
-    k_low = tl.zeros((BLOCK_N, BLOCK_HALF), tl.float64)
-    k_high, low_sum, high_sum = k_low, k_low, k_low
-    low_min, high_min = none + float("inf"), none + float("inf")
-    low_max, high_max = none - float("inf"), none - float("inf")
-    for row in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L)):
-        k = qkv + row * (3 * N * K) + N * K + at
-        v = k + N * K
-        low = tl.load(k, keep, 0.0, eviction_policy="evict_first")
-        high = tl.load(k + HALF, keep, 0.0, eviction_policy="evict_first")
-        v_low = tl.load(v, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
-        v_high = tl.load(v + HALF, keep, 0.0, eviction_policy="evict_first").to(tl.float32)
-        c = tl.load(cos + row * cos_stride + spread, keep, 0.0)
-        s = tl.load(sin + row * sin_stride + spread, keep, 0.0)
-        low, high = normed_rotated(low, high, k_gain, spread, keep, c, s, eps, qkv, K, HALF)
-        k_low += low.to(tl.float64)
-        k_high += high.to(tl.float64)
-        low_sum += v_low.to(tl.float64)
-        high_sum += v_high.to(tl.float64)
-        low_min, high_min = tl.minimum(low_min, v_low), tl.minimum(high_min, v_high)
-        low_max, high_max = tl.maximum(low_max, v_low), tl.maximum(high_max, v_high)
-    to = sums + chunk * (2 * N * K) + at
-    tl.store(to, k_low, keep)
-    tl.store(to + HALF, k_high, keep)
-    tl.store(to + N * K, low_sum, keep)
-    tl.store(to + N * K + HALF, high_sum, keep)
-    to = ends + chunk * (2 * N * K) + at
-    tl.store(to, low_min, keep)
-    tl.store(to + HALF, high_min, keep)
-    tl.store(to + N * K, low_max, keep)
-    tl.store(to + N * K + HALF, high_max, keep)
 
 
 @triton.jit
@@ -233,10 +193,10 @@ def _chunks(
     sums = qkv.new_empty(chunks, 2, N, K, dtype=torch.float64)
     ends = qkv.new_empty(chunks, 2, N, K, dtype=torch.float32)
     if chunks:
-        _moments_kernel[(chunks,)](
-            qkv, k_gain.contiguous(), cos, sin, sums, ends, L, cos.stride(0), sin.stride(0), eps,
-            N=N, K=K, CHUNK=config.block, BLOCK_N=triton.next_power_of_2(N),
-            BLOCK_HALF=triton.next_power_of_2(K // 2), num_warps=config.warps,
+        channel_sums[(chunks, 2)](
+            qkv, k_gain.contiguous(), cos, sin, sums, ends, L, config.block, cos.stride(0), sin.stride(0), eps,
+            N=N, K=K, BLOCK_N=triton.next_power_of_2(N), BLOCK_HALF=triton.next_power_of_2(K // 2), STAGES=STAGES,
+            num_warps=config.warps,
         )  # fmt: skip
     return sums, ends
 

@@ -84,7 +84,61 @@ def test_kernels_find_the_same_moments_of_parts_and_of_all() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True)), sizes
 
 
+def check_sums_are_those_of_fp64(device: str) -> None:
+    """Every 16-bit value there is, alone and beside others: numbers, infinities and NaN as fp64 has them, bit for bit."""
+    g = torch.Generator().manual_seed(0)
+    gain, angles = torch.ones(128, device=device), torch.zeros(3, 64, device=device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        all_values = (
+            torch.arange(1 << 16).to(torch.int16).view(dtype if dtype.itemsize == 2 else torch.bfloat16)
+        )
+        if dtype == torch.float32:  # and digits that 16-bit values lack
+            all_values = (all_values.float().view(torch.int32) + 0x1235).view(torch.float32)
+        if (
+            device == "cpu" and dtype == torch.bfloat16
+        ):  # whose subnormal values the interpreter widens to others
+            all_values[all_values.abs() < torch.finfo(dtype).tiny] = 0
+        others = torch.stack([all_values[torch.randperm(1 << 16, generator=g)] for _ in range(2)])
+        rows = torch.cat((all_values[None], others)).to(device)
+        for tokens, v in [(n, part) for part in rows.split(16 * 128, dim=1) for n in (1, 3)]:
+            v, table = v[:tokens], angles[:tokens]
+            qkv = torch.cat((torch.zeros_like(v), torch.zeros_like(v), v), 1)
+            given = qkv, gain.to(dtype), table.cos(), table.sin(), EPS, kernels().MOMENTS
+            (sums,), (ends,) = kernels()._chunks(*given)  # which qkv_sums adds up
+            wanted = torch.zeros_like(v[0], dtype=torch.float64)
+            for row in v.double():
+                wanted += row
+            assert not sums[0].any()
+            torch.testing.assert_close(sums[1].flatten(), wanted, rtol=0, atol=0, equal_nan=True)
+            least_most = torch.stack((v.amin(0), v.amax(0))).float()
+            torch.testing.assert_close(ends.flatten(1), least_most, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.interpret
+def test_sums_of_values_are_those_of_fp64() -> None:
+    check_sums_are_those_of_fp64("cpu")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+def test_sums_of_keys_that_are_no_numbers_are_those_of_the_reference(odd: float) -> None:
+    qkv, gain, _, cos, sin = projection(2, 5, torch.bfloat16)
+    gain[3] = odd
+    qkv[2, 2 * K + 7] = odd
+    sums, _ = kernels().qkv_sums(qkv, gain, cos, sin, EPS)
+    wanted, _ = reference.qkv_sums(qkv, gain, cos, sin, EPS)
+    assert torch.equal(sums.isfinite(), wanted.isfinite()) and not wanted.isfinite().all()
+    assert torch.equal(sums.isnan(), wanted.isnan())
+    known = wanted.isinf()
+    assert torch.equal(sums[known], wanted[known])
+
+
 # --- on a GPU ---
+
+
+@pytest.mark.gpu
+def test_gpu_sums_of_values_are_those_of_fp64() -> None:
+    check_sums_are_those_of_fp64("cuda")
 
 
 @pytest.mark.gpu
