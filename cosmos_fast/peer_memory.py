@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
@@ -252,7 +253,7 @@ def open_copies(group: Group, device: torch.device) -> Copies:
     Raises NoCopies, on all of them, where it cannot be had; then nothing of it is left. EnvironmentProblem, and no way on,
     where lanes of a failed proof never come to an end.
     """
-    everyone = group.hear((socket.gethostname(), device.type, device.index))
+    everyone = group.hear((_host(), device.type, device.index))
     _none_refuses(group, obstacle(group.rank, everyone))
     peers = _all_can(group, lambda: PeerMemory(group, device))
     _all_can(group, lambda: peers.meet(group))
@@ -288,6 +289,12 @@ def _none_refuses(group: Group, why: str | None) -> None:
     told = {reason: rank for rank, reason in reversed([*enumerate(group.hear(why))]) if reason is not None}
     if told:
         raise NoCopies("; ".join(f"{reason}, on rank {told[reason]}" for reason in reversed(told)))
+
+
+def _host() -> str:
+    """Name of this host, and of its boot where the system tells: machines made of one image share their names."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} ({boot.read_text()[:8]})" if boot.exists() else socket.gethostname()
 
 
 def obstacle(rank: int, everyone: Sequence[tuple[str, str, int | None]]) -> str | None:

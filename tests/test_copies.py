@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,28 +188,54 @@ def test_giving_up_sets_flags_past_every_round() -> None:
     assert copies.give_up(0) and told == [4], "released again though nothing waits"
 
 
+class Careless(Lanes):
+    """Like a stream: knows addresses, and keeps no tensor."""
+
+    def _give(self, lane: Any, step: Step) -> None: ...
+
+    def end(self) -> Any:
+        done: list[bool] = []
+        self.works.append(done)
+        return SimpleNamespace(wait=lambda: None, is_done=lambda: bool(done))
+
+    works: list[list[bool]]
+
+
 def test_what_nobody_awaits_keeps_its_memory_until_it_is_done() -> None:
     host = Host(2, slots=2, slot_bytes=64, one_queue=False)
-    ranks = [Copies(lanes) for lanes in host.ranks]
+    lanes = Careless(host, 0, 2, 64)
+    lanes.works, copies = [], Copies(lanes)
 
-    def start() -> list[weakref.ref[Tensor]]:
+    def started(is_awaited: bool) -> Callable[[], list[bool]]:
         rows = torch.zeros(4, 8, dtype=torch.uint8)
-        return [weakref.ref(rows), weakref.ref(ranks[0].start(rows, [2, 2], [2, 2])[0])]
+        arrived, work = copies.start(rows, [2, 2], [2, 2])
+        if is_awaited:
+            work.wait()
+        refs = weakref.ref(rows), weakref.ref(arrived)
+        return lambda: [ref() is not None for ref in refs]
 
-    dropped = start()
-    awaited = ranks[0].start(torch.zeros(4, 8, dtype=torch.uint8), [2, 2], [2, 2])
-    gone = weakref.ref(awaited[0])
-    awaited[1].wait()
-    del awaited
-    host.queues[0, "main"].pop()  # the wait, which holds the events here
+    dropped, awaited, other = started(False), started(True), started(False)
     gc.collect()
-    assert all(ref() is not None for ref in dropped)
-    for _ in range(2):
-        ranks[1].start(torch.zeros(4, 8, dtype=torch.uint8), [2, 2], [2, 2])
-    assert host.run(random.Random(0)) == 0
-    start()
+    assert dropped() == other() == [True, True] and awaited() == [False, False]
+    lanes.works[0].append(True)  # done on the device
+    started(True)
     gc.collect()
-    assert all(ref() is None for ref in dropped) and gone() is None
+    assert dropped() == [False, False] and other() == [True, True]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 16])
+def test_who_began_an_exchange_alone_does_not_come_to_an_end(slots: int) -> None:
+    """So ranks whose devices are idle have begun the same: what `team` waits for before the next clip."""
+    for alone in range(3):
+        host = Host(3, slots=slots, slot_bytes=8, one_queue=False)
+        ranks = [Copies(lanes) for lanes in host.ranks]
+        for turn in range(3):
+            for r, copies in enumerate(ranks):
+                if turn < 2 or r == alone:
+                    copies.start(torch.zeros(3, 8, dtype=torch.uint8), [1] * 3, [1] * 3)
+            left = host.run(random.Random(turn))
+            idle = [lanes.is_idle() for lanes in host.ranks]
+            assert idle == [turn < 2 or r != alone for r in range(3)] and (left == 0) is (turn < 2)
 
 
 def test_a_group_takes_the_copies_it_was_given() -> None:

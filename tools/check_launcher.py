@@ -231,6 +231,12 @@ def check_sharing(c: Check, run: Run, alone: Run, way: str) -> None:
         "seconds": run.seconds,
     }
     ok = run.code == 0 and made.keys() == wanted.keys()
+    if ok:
+        found["exchange"] = json.loads((run.out / "run.json").read_text(encoding="utf-8"))["plan"]["exchange"]
+        told = [line for line in run.lines if "exchange: " in line]  # on GPUs, and where tokens are shared
+        expected = ("copies", "collectives") if way == "tokens" else ("none",)
+        ok = found["exchange"] in expected and len(told) == (way == "tokens" and c.args.device == "cuda")
+        found |= {"told": told} if told else {}
     if WAYS[way]:
         clips = [name for name in wanted if "_control_" not in name]
         found["psnr"] = (
