@@ -34,8 +34,8 @@ from cosmos_fast.kernels.norm_rope import normed_rotated
 from cosmos_fast.kernels.value_codes import E4M3, begins, sent_from, store_codes, write_v_codes
 from torch import Tensor
 
-# Tokens of one program and warps. MOMENTS was measured on one H200 at 84,480 tokens with conversions to fp64, which bound it: 128/8 0.551 ms,
-# 128/4 0.382, 64/4 0.429, 128/16 0.530. channel_sums does without them; not measured yet.
+# Tokens of one program and warps. MOMENTS by one H200 at 84,480 tokens, when sums still converted to fp64 and read no token ahead: 128/8 0.551 ms,
+# 128/4 0.382, 64/4 0.429, 128/16 0.530. The others are not measured yet.
 MOMENTS = Config(128, 4)
 STAGES = 3  # tokens of MOMENTS in flight or in use
 CODES = Config(1, 4)
