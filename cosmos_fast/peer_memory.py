@@ -247,15 +247,17 @@ def exchanging(
     return replace(group, copies=None), (f"exchange: by collectives, not by copies: {refused}.",)
 
 
-def open_copies(group: Group, device: torch.device) -> Copies:
+def open_copies(group: Group, device: torch.device, **shape: int) -> Copies:
     """The exchange by copies of this group, proven against its collectives. All ranks must call it.
+
+    shape: slots, room and ways of `PeerMemory`, the same on all.
 
     Raises NoCopies, on all of them, where it cannot be had; then nothing of it is left. EnvironmentProblem, and no way on,
     where lanes of a failed proof never come to an end.
     """
     everyone = group.hear((_host(), device.type, device.index))
     _none_refuses(group, obstacle(group.rank, everyone))
-    peers = _all_can(group, lambda: PeerMemory(group, device))
+    peers = _all_can(group, lambda: PeerMemory(group, device, **shape))
     _all_can(group, lambda: peers.meet(group))
     copies = Copies(peers)
     try:

@@ -214,6 +214,17 @@ def test_a_batch_over_two_ranks_is_the_batch_of_one(
     ]  # fmt: skip
 
 
+def test_ranks_take_the_exchange_of_the_command(
+    models: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    spec = write_spec(tmp_path, "a", clip, **IMAGE, num_steps=1)
+    run = generate(
+        models, tmp_path / "out", spec, "--gpus", "2", "--context", "2", "--cfg", "1", "--exchange", "copies"
+    )
+    assert run.code == 3 and "error: exchange: copies need GPUs, got cpu, on rank 0." in run.err, run
+
+
 def test_the_same_command_under_torchrun(models: Path, clip: Path, tmp_path: Path) -> None:
     spec, one, two = write_spec(tmp_path, "a", clip, **IMAGE, num_steps=2), tmp_path / "one", tmp_path / "two"
     torchrun = [
