@@ -194,7 +194,12 @@ def test_an_engine_probes_a_file_again_only_when_it_changed(
     models: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, real, probed = open_engine(models, "edge"), planning.probe, []
-    monkeypatch.setattr(planning, "probe", lambda *given: (probed.append(given[0]), real(*given))[1])
+
+    def count(path: Path, on_corrupt: Any) -> Any:
+        probed.append(path)
+        return real(path, on_corrupt)
+
+    monkeypatch.setattr(planning, "probe", count)
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(clip.read_bytes())
     before = engine.planned(request(copy))
