@@ -91,7 +91,8 @@ def proven(kernel: Callable[..., Any], device: torch.device | str = "cuda") -> C
     """The kernel, after it computed an example. Raises RuntimeError with the error measured if its codes are others."""
     *given, steps, eps = example()
     v = torch.ones_like(given[5])
-    exact = reference.qkv_codes(*given, v, v, steps, True, False, eps)
+    whole = *given, v, v, steps, True, False, eps
+    exact = reference.qkv_codes(*whole)
     got = kernel(*(x.to(device) for x in (*given, steps)), eps)
     _check("q", got[0], exact[0])
     _check("k", got[1], exact[1])
@@ -103,7 +104,8 @@ def proven_packed(kernel: Callable[..., Any], device: torch.device | str = "cuda
     *given, steps, eps = example()
     mean = torch.zeros_like(given[5])
     infinite = mean + torch.inf  # codes of v are then 0, as is what the kernel must not touch
-    exact = reference.codes_packed(*given, mean, infinite, steps, True, 2, 3, eps)
+    whole = *given, mean, infinite, steps, True, 2, 3, eps
+    exact = reference.codes_packed(*whole)
     got = torch.zeros_like(exact, device=device)
     kernel(*(x.to(device) for x in (*given, steps)), 2, 3, eps, got)
     _check("what travels", got, exact)
