@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,28 @@ def test_activations_are_what_a_clip_of_the_embedded_model_gives_to_attention(
     assert (
         row["layers"] == 1 and row["ok"] and 0.005 < row["mean"]["own"] < 0.1 and row["mean"]["bf16"] < 1e-5
     )
+
+
+@pytest.mark.parametrize("fault", ["", "lse"])
+def test_versions_in_turns_must_agree_bit_for_bit(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    import attention8_turns
+
+    for name in ("DEVICE", "HEADS", "timed"):
+        monkeypatch.setattr(attention8_turns, name, getattr(proof, name))
+    monkeypatch.setattr(attention8_turns, "watched", lambda: nullcontext([]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    rungs = {rung.name: rung for rung in RUNGS}
+    versions = []
+    for name in ("three_lean", "three_persistent", "three_lean_sparse", "three_persistent_sparse"):
+        versions.append(Computed(rungs[name], lambda args: None))
+        object.__setattr__(versions[-1], "fault", fault if "persistent" in name else "")
+    rows = [r for r in attention8_turns.in_turns(versions, 385, 2, 0.1) if "section" in r]
+    same = {(r["name"], r["lists"]): r["ok"] for r in rows if r["name"].startswith("bits")}
+    assert len(same) == 6 and all(
+        ok == ("persistent" not in name or not fault) for (name, _), ok in same.items()
+    )
+    times = {(r["name"], r["share"]): r for r in rows if "ms" in r}
+    assert len(times) == 2 + 2 * 3 and times["three_persistent_sparse", 0.2][
+        "over_proportional"
+    ] == pytest.approx(5)
+    assert {r["ok"] for r in rows if r["name"].startswith("three_lean ") and "ok" in r} == {True}

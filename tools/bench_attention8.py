@@ -3,6 +3,7 @@
     python tools/bench_attention8.py --build                      # compile the rungs (no GPU needed), then stop
     python tools/bench_attention8.py --seconds 60 --out record.json
     python tools/bench_attention8.py --only three,three_cluster --length 84480 --sustain 2
+    python tools/bench_attention8.py --only three_lean,three_persistent --turns 5 --sustain 0.3
     python tools/bench_attention8.py --sections sustained,errors,lengths,memory,sparse,activations --seconds 190
 
 A rung is csrc/attention8_rung.cu with the members of `Config` it changes, compiled alone into build/attention8/, so
@@ -10,7 +11,7 @@ that a fault of one costs nothing but itself: the rungs run in a child process, 
 --patience seconds is ended, recorded as hung, and the next child goes on behind it. One line per result.
 
 --sections: then the fastest dense rung that is right must show what tools/attention8_proof.py asks of it, and the fastest
-that takes lists of key tiles what it asks of that.
+that takes lists of key tiles what it asks of that. --turns: in place of all this, rungs beside each other.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from attention8_cases import DEVICE, WIDTH, Case, long_cases, lse_allowed, relative, tile_lists
 from attention8_proof import SECTIONS, Version, prove
 from attention8_rungs import ROOT, RUNGS, Args, Rung, build, caller, library
+from attention8_turns import in_turns
 from attention8_watch import load, timed, watched
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -206,6 +208,12 @@ def child(names: list[str], options: argparse.Namespace) -> None:
             say({"rung": rung.name, "fault": f"{type(error).__name__}: {error}"[:200]})
             if "launch" not in str(error):
                 raise  # the context may be lost: a new child goes on
+    if options.turns:
+        for record in in_turns(
+            [Version(*c) for c in calls.values()], options.length, options.turns, options.sustain
+        ):
+            say(record)
+        return
     say({"start": "operands"})
     torch.cuda.empty_cache()
     cases = long_cases(options.length)
@@ -240,6 +248,7 @@ def watch_child(
     command += ["--commit", options.commit] if options.commit else []
     command += ["--folder", str(options.folder), "--sustain", str(options.sustain)]
     command += ["--wrong-too"] if options.wrong_too else []
+    command += ["--turns", str(options.turns)]
     if options.sections:
         command += ["--sections", options.sections, "--long", str(options.long)]
         command += ["--left", str(end - time.monotonic() - 5)]
@@ -310,6 +319,9 @@ def main() -> None:
     parser.add_argument("--wrong-too", action="store_true", help="time rungs whose small checks failed")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="compilers at once")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/attention8")
+    parser.add_argument(
+        "--turns", type=int, default=0, help="turns of --sustain seconds for each rung and share"
+    )
     parser.add_argument("--out", type=Path, help="JSON record")
     parser.add_argument("--commit", help="of a copy without git, for the record")
     parser.add_argument(
