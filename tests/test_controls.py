@@ -215,6 +215,20 @@ def test_a_failure_in_a_worker_reaches_the_caller(monkeypatch):
 # makers
 
 
+def test_opencv_starts_no_threads_of_its_own_and_gets_its_number_back(monkeypatch):
+    before, seen = cv2.getNumThreads(), []
+    canny = cv2.Canny
+    monkeypatch.setattr(cv2, "Canny", lambda *given: seen.append(cv2.getNumThreads()) or canny(*given))
+    cv2.setNumThreads(3)
+    try:
+        with c._one_thread_a_call():  # another caller, who is not done when the next one is
+            c.edge(clip(2))
+            assert cv2.getNumThreads() == 1
+        assert cv2.getNumThreads() == 3 and seen == [1, 1]
+    finally:
+        cv2.setNumThreads(before)
+
+
 def test_built_in_makers_use_the_preset_of_the_request():
     frames = clip(2)
     control = SimpleNamespace(preset_edge_threshold="low", preset_blur_strength="high")

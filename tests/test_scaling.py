@@ -46,11 +46,13 @@ def test_sending_is_as_slow_as_the_slower_of_both_ways() -> None:
 def test_an_exchange_hides_under_the_attention_of_another_part() -> None:
     whole = sum(exchange_bytes(2)) / (RATES.link * 1e9)
     hidden, exposed = exchange_s(2, RATES)
-    assert hidden == pytest.approx(whole / 2) and exposed == pytest.approx(whole / 2)
+    assert hidden == pytest.approx(3 * whole / 4) and exposed == pytest.approx(whole / 4)
+    assert exchange_s(2, RATES) == exchange_s(2, RATES, parts=4)
+    assert exchange_s(8, RATES) == exchange_s(8, RATES, parts=2)  # a rank has two heads
     assert exchange_s(2, RATES, parts=1) == (0.0, pytest.approx(whole))
     # On a link so slow that attention ends first, only the attention of one part is there to hide under.
     slow = Rates(2.7, 0.45, 0.07, 0.002, 6.26, link=1)
-    hidden, exposed = exchange_s(2, slow)
+    hidden, exposed = exchange_s(2, slow, parts=2)
     assert hidden == pytest.approx(2.7 / 32 / 2 / 2)
     assert hidden + exposed == pytest.approx(sum(exchange_bytes(2)) / 1e9)
     assert exchange_s(1, RATES) == (0.0, 0.0)
@@ -312,5 +314,8 @@ def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
     assert 0.4 * wide < narrow < 0.7 * wide  # codes, and the sums that their steps are made of
     assert record["equal"]["bitwise"]["fp8_context2"]
     assert record["exchange"]["in 2 parts"]["bitwise"] and record["exchange"]["fp8, in 2 parts"]["bitwise"]
-    assert record["overlap"] == {"context2": {}, "cfg2": {}, "fp8_context2": {}} and record["trace"]["ours"]["kernels"]
+    assert (
+        record["overlap"] == {"context2": {}, "cfg2": {}, "fp8_context2": {}}
+        and record["trace"]["ours"]["kernels"]
+    )
     assert scaling.rates_of(record) is None  # a dry run says nothing of a GPU

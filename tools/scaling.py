@@ -31,6 +31,7 @@ RESULTS = ROOT / "bench" / "results"
 
 TOKENS, WIDTH, ATTENTIONS, SHARED = 84_480, 2_048, 32, 2
 """Tokens, width, self-attentions of one pass, and how many of these both passes share on one rank."""
+HEADS, PARTS = 16, 4
 VELOCITY_BYTES = 16 * 24 * 88 * 160 * 4
 BASE_STEPS, DISTILLED_STEPS = 35, 4
 LINK_GB_S, NETWORK_GB_S = 350.0, 45.0
@@ -106,10 +107,11 @@ def send_s(num_bytes: float, peers: int, here: int, rates: Rates) -> float:
     return max(local, away)
 
 
-def exchange_s(context: int, rates: Rates, parts: int = 2, host: int = HOST) -> tuple[float, float]:
-    """(hidden, exposed) seconds of the exchanges of one self-attention on a rank."""
+def exchange_s(context: int, rates: Rates, parts: int | None = None, host: int = HOST) -> tuple[float, float]:
+    """(hidden, exposed) seconds of the exchanges of one self-attention on a rank. parts: None for the default."""
     if context == 1:
         return 0.0, 0.0
+    parts = parts or max(1, min(PARTS, HEADS // context))
     peers, here = context - 1, min(context, host) - 1
     out, back = (send_s(size, peers, here, rates) for size in exchange_bytes(context, rates.operand_bytes))
     first = send_s(MOMENT_BYTES * peers, peers, here, rates) if rates.operand_bytes == 1 else 0.0
@@ -122,7 +124,7 @@ def exchange_s(context: int, rates: Rates, parts: int = 2, host: int = HOST) -> 
 
 
 def step(
-    context: int, cfg: int, rates: Rates, *, guided: bool = True, parts: int = 2, host: int = HOST
+    context: int, cfg: int, rates: Rates, *, guided: bool = True, parts: int | None = None, host: int = HOST
 ) -> Step:
     """One step on context * cfg ranks. cfg=2 puts the passes on two halves: nothing of them is shared then."""
     together = guided and cfg == 1
