@@ -1,4 +1,6 @@
-// What a consumer warpgroup of the 8-bit attention kernel does with the tiles that the producer hands it.
+// 8-bit attention for Hopper. One block computes 64 queries per consumer warpgroup of one head; a producer
+// warp keeps a ring of key and value tiles filled through the copy engine. docs/kernels/attention8.md says
+// how it came to be.
 #pragma once
 
 #include "attention8_math.cuh"
@@ -17,7 +19,6 @@ struct Consumer {
   const Shared<C>& shared;
   const Tiles<C>& tiles;
   const float* k_scale;
-  uint32_t queries;             // where they lie in shared memory
   int warpgroup, head, ragged;  // ragged: the key tile that reaches past the last key, or -1
   float q_scale, block_scale;
   Rows<C> rows;
@@ -28,26 +29,13 @@ struct Consumer {
 
   __device__ Consumer(const Params& p, const Shared<C>& shared, const Tiles<C>& tiles, int warpgroup,
                       int head, int query_tile)
-      : p(p), shared(shared), tiles(tiles), queries(shared.queries(warpgroup)), warpgroup(warpgroup) {
-    begin(head, query_tile);
-    clear();
-  }
-
-  // The scales of 64 queries of a head.
-  __device__ void begin(int its_head, int query_tile) {
-    head = its_head;
+      : p(p), shared(shared), tiles(tiles), warpgroup(warpgroup), head(head) {
     const int row = query_tile * P::kQueries + 64 * warpgroup;
     const int block = p.q_scale_rows ? min(row, p.num_queries - 1) / p.q_scale_rows : 0;
     q_scale = p.scale_log2 * (p.q_scale ? p.q_scale[int64_t{head} * p.q_scale_head + block] : 1.0f);
     k_scale = p.k_scale + int64_t{head} * p.k_scale_head;
     ragged = p.num_keys % C::keys ? p.num_keys / C::keys : -1;
     block_scale = fmaxf(q_scale * __ldg(k_scale), 1e-30f);
-  }
-
-  // To what no key has touched.
-  __device__ void clear() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) rows.peak[r] = -INFINITY, rows.sum[r] = 0.0f;
 #pragma unroll
     for (int i = 0; i < P::kOuts; ++i) out[i] = 0.0f;
   }
@@ -66,18 +54,16 @@ struct Consumer {
   __device__ void release_keys(int i) const { arrive(shared.keys_empty(i % C::stages)); }
   __device__ void release_values(int i) const { arrive(shared.values_empty(i % C::stages)); }
 
-  // Awaits queries and takes them, from shared memory into the registers of a product's first operand. round:
-  // of a block that stays.
-  __device__ void load_queries(int round = 0) {
-    queries = shared.queries(warpgroup, round);
-    barrier_wait(shared.queries_full(round), round / P::kQuerySlots & 1);
+  // Queries from shared memory into the registers of a product's first operand.
+  __device__ void load_queries() {
+    barrier_wait(shared.queries_full(), 0);
     if constexpr (C::q_registers) {
       const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const int row = 16 * warp() + g + 8 * (i % 2),
                   part = 2 * (i / 4) + i % 4 / 2;  // part: 16 bytes of the row
-        const uint32_t at = queries + 128 * row + 16 * (part ^ row % 8) + 4 * t;
+        const uint32_t at = shared.queries(warpgroup) + 128 * row + 16 * (part ^ row % 8) + 4 * t;
         asm volatile("ld.shared.b32 %0, [%1];" : "=r"(q[i]) : "r"(at));
       }
     }
@@ -99,11 +85,11 @@ struct Consumer {
     product_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint64_t a = operand<128>(queries) + 2 * k;
+      const uint64_t queries = operand<128>(shared.queries(warpgroup)) + 2 * k;
       if constexpr (C::q_registers)
         k == 0 ? first_product(scores, q, b) : product(scores, q + 4 * k, b + 2 * k);
       else
-        k == 0 ? first_product(scores, a, b) : product(scores, a, b + 2 * k);
+        k == 0 ? first_product(scores, queries, b) : product(scores, queries, b + 2 * k);
     }
     product_commit();
   }
@@ -375,5 +361,40 @@ struct Consumer {
     store(query_tile);
   }
 };
+
+template <class C>
+__global__ void __launch_bounds__(Plan<C>::kThreads, 1)
+    attention8_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Params p) {
+  using P = Plan<C>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Shared<C> shared{shared_address(memory)};
+  const int head = blockIdx.y, query_tile = blockIdx.x,
+            warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, as the compiler then knows
+  if (threadIdx.x == 0) {
+    if (shared.base % 1024 != 0) __trap();  // swizzles repeat every 1024 bytes
+    barrier_init(shared.queries_full(), 1);
+    for (int stage = 0; stage < C::stages; ++stage) {
+      barrier_init(shared.keys_full(stage), 1);
+      barrier_init(shared.values_full(stage), 1);
+      barrier_init(shared.keys_empty(stage), 4 * C::warpgroups * C::cluster);
+      barrier_init(shared.values_empty(stage), 4 * C::warpgroups * C::cluster);
+    }
+  }
+  fence_async_proxy();
+  __syncthreads();
+  if constexpr (C::cluster > 1) cluster_sync();  // no copy into a block that has no barriers yet
+  const Tiles<C> tiles(p, head, query_tile);
+  if (warpgroup == C::warpgroups) {
+    registers_lower<P::kProducerRegisters>();
+    if (threadIdx.x % 128 == 0 && tiles.count > 0)
+      produce<C>(&q_map, &k_map, &v_map, shared, tiles, head, query_tile);
+    if constexpr (C::cluster > 1) cluster_sync();
+  } else {
+    registers_raise<P::kConsumerRegisters>();
+    Consumer<C>(p, shared, tiles, warpgroup, head, query_tile).run(query_tile);
+    if constexpr (C::cluster > 1) cluster_sync();  // no block leaves while another arrives at its barriers
+  }
+}
 
 }  // namespace cosmos_fast::attention8

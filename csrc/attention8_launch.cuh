@@ -3,9 +3,7 @@
 
 #include <cudaTypedefs.h>
 
-#include <algorithm>
-
-#include "attention8_kernel.cuh"
+#include "attention8.cuh"
 
 namespace cosmos_fast::attention8 {
 
@@ -43,12 +41,6 @@ inline cudaError_t make_map(CUtensorMap* map, const void* data, const Box& b) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t multiprocessors(int* count) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-}
-
 // A k_scale of 1 leaves the q_scale of a head in its place, so that the kernel reads one number per tile.
 template <class C>
 cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
@@ -59,8 +51,6 @@ cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
   if (a.k_scale == nullptr && (a.q_scale_rows != 0 || a.k_scale_blocks)) return cudaErrorInvalidValue;
   if (C::sparse != (a.key_tiles != nullptr)) return cudaErrorInvalidValue;
   const int64_t N = a.num_heads, columns = (a.num_keys + 15) / 16 * 16;
-  const int64_t tiles = (a.num_queries + P::kQueries - 1) / P::kQueries, items = tiles * N;
-  if (items > INT32_MAX / 2) return cudaErrorInvalidValue;
   CUtensorMap q_map, k_map, v_map;
   const Box boxes[3] = {
       {{kWidth, N, a.num_queries}, {a.q_head, a.q_row}, {128, 1, P::kQueries}},
@@ -88,12 +78,12 @@ cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
                       a.q_scale_rows,
                       a.key_capacity,
                       a.k_scale_blocks ? 1 : 0,
-                      a.softmax_scale * 1.44269504f,
-                      static_cast<int>(items)};
+                      a.softmax_scale * 1.44269504f};
   const auto kernel = attention8_kernel<C>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kBytes);
   if (error != cudaSuccess) return error;
+  const int64_t tiles = (a.num_queries + P::kQueries - 1) / P::kQueries;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {C::cluster, 1, 1};
@@ -101,11 +91,6 @@ cudaError_t launch(const Attention8Args& a, cudaStream_t stream) {
   // A query tile too many, to fill a cluster, reads zeros and writes nothing.
   config.gridDim =
       dim3(static_cast<unsigned>((tiles + C::cluster - 1) / C::cluster * C::cluster), a.num_heads);
-  if (C::persistent) {
-    int processors = 0;
-    if (const cudaError_t error = multiprocessors(&processors); error != cudaSuccess) return error;
-    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(items, processors)));
-  }
   config.blockDim = dim3(P::kThreads);
   config.dynamicSmemBytes = P::kBytes;
   config.stream = stream;

@@ -38,7 +38,6 @@ struct Config {
   static constexpr bool late_sums = false;  // weights are summed behind the exponentials, not among them
   static constexpr bool lean = false;  // operands are awaited before the turn, one scale is loaded per block
   static constexpr int cluster = 1;    // blocks that share their key tiles: each fetches a part for all
-  static constexpr bool persistent = false;  // blocks stay and go through items (attention8_persistent.cuh)
   static constexpr Probe probe = Probe::kNone;
 };
 
@@ -51,7 +50,6 @@ struct Params {
   int num_queries, num_keys, q_scale_head, k_scale_head, q_scale_rows, key_capacity;
   int k_scale_step;  // 1 with a k_scale per block, 0 with one per head
   float scale_log2;  // softmax_scale * log2(e)
-  int num_items;     // query tiles of all heads
 };
 
 // Sizes and places in shared memory, in bytes.
@@ -69,14 +67,11 @@ struct Plan {
   static constexpr int kKeyBytes = C::keys * 128;
   static constexpr int kValueBytes = 128 * C::keys;
   static constexpr int kMasterBytes = C::promote ? C::warpgroups * 128 * kOuts * 4 : 0;
-  // Of blocks that stay, the next item's come while the present one's are read.
-  static constexpr int kQuerySlots = C::persistent ? 2 : 1;
-  static constexpr int kKeysAt = kQuerySlots * kQueryBytes;
+  static constexpr int kKeysAt = kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + C::stages * kKeyBytes;
   static constexpr int kMasterAt = kValuesAt + C::stages * kValueBytes;
   static constexpr int kBarriersAt = kMasterAt + kMasterBytes;
-  static constexpr int kBarriers = 4 * C::stages + (C::persistent ? 4 : 1);
-  static constexpr int kBytes = kBarriersAt + 8 * kBarriers;
+  static constexpr int kBytes = kBarriersAt + (4 * C::stages + 1) * 8;
   static constexpr int kProducerRegisters = C::warpgroups == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = C::warpgroups == 2 ? 240 : 160;
   static_assert(kBytes <= 227 * 1024 && kValueBytes % 1024 == 0 &&
@@ -89,18 +84,11 @@ template <class C>
 struct Shared {
   uint32_t base;
   using P = Plan<C>;
-  __device__ uint32_t queries(int warpgroup, int round = 0) const {
-    return base + round % P::kQuerySlots * P::kQueryBytes + warpgroup * 64 * 128;
-  }
+  __device__ uint32_t queries(int warpgroup) const { return base + warpgroup * 64 * 128; }
   __device__ uint32_t keys(int stage) const { return base + P::kKeysAt + stage * P::kKeyBytes; }
   __device__ uint32_t values(int stage) const { return base + P::kValuesAt + stage * P::kValueBytes; }
   __device__ uint32_t barrier(int index) const { return base + P::kBarriersAt + 8 * index; }
-  __device__ uint32_t queries_full(int round = 0) const {
-    return barrier(4 * C::stages + round % P::kQuerySlots);
-  }
-  __device__ uint32_t queries_empty(int round) const {  // persistent
-    return barrier(4 * C::stages + P::kQuerySlots + round % P::kQuerySlots);
-  }
+  __device__ uint32_t queries_full() const { return barrier(4 * C::stages); }
   __device__ uint32_t keys_full(int stage) const { return barrier(stage); }
   __device__ uint32_t keys_empty(int stage) const { return barrier(C::stages + stage); }
   __device__ uint32_t values_full(int stage) const { return barrier(2 * C::stages + stage); }
@@ -113,12 +101,16 @@ struct Tiles {
   const int* list;
   int count;
 
-  Tiles() = default;
-  __device__ Tiles(const Params& p, int item, int count)
-      : list(C::sparse ? p.key_tiles + int64_t{item} * p.key_capacity : nullptr), count(count) {}
-  // item: the query tile's number among those of all heads.
-  __device__ Tiles(const Params& p, int item)
-      : Tiles(p, item, C::sparse ? p.key_counts[item] : (p.num_keys + C::keys - 1) / C::keys) {}
+  __device__ Tiles(const Params& p, int head, int query_tile) {
+    if constexpr (C::sparse) {
+      const int row = head * gridDim.x + query_tile;
+      list = p.key_tiles + int64_t{row} * p.key_capacity;
+      count = p.key_counts[row];
+    } else {
+      list = nullptr;
+      count = (p.num_keys + C::keys - 1) / C::keys;
+    }
+  }
   __device__ int operator[](int i) const {
     if constexpr (C::sparse) return __ldg(list + i);
     return i;
@@ -141,28 +133,19 @@ __device__ __forceinline__ void copy_part(uint32_t to, const CUtensorMap* map, u
     copy_box_to(Part<C>::kAll, to, map, barrier, x, y, z);
 }
 
-// The queries of one item, into the slot of its round.
 template <class C>
-__device__ void copy_queries(const CUtensorMap* q_map, const Shared<C>& shared, int round, int head,
-                             int query_tile) {
+__device__ void produce(const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
+                        const Shared<C>& shared, const Tiles<C>& tiles, int head, int query_tile) {
   using P = Plan<C>;
-  barrier_expect(shared.queries_full(round), P::kQueryBytes);
-  copy_box(shared.queries(0, round), q_map, shared.queries_full(round), 0, head, query_tile * P::kQueries);
-}
-
-// Key and value tiles of one item. before: tiles that went through the ring before them.
-template <class C>
-__device__ void produce_tiles(const CUtensorMap* k_map, const CUtensorMap* v_map, const Shared<C>& shared,
-                              const Tiles<C>& tiles, int head, int before) {
-  using P = Plan<C>;
-  __builtin_assume(before >= 0);
   const int rank = C::cluster == 1 ? 0 : cluster_rank();
   const int key_part = rank * Part<C>::kKeys, channel_part = rank * Part<C>::kChannels;
+  barrier_expect(shared.queries_full(), P::kQueryBytes);
+  copy_box(shared.base, q_map, shared.queries_full(), 0, head, query_tile * P::kQueries);
   int next = tiles[0];
   for (int i = 0; i < tiles.count; ++i) {
-    const int stage = (before + i) % C::stages, first_key = next * C::keys;
+    const int stage = i % C::stages, first_key = next * C::keys;
     if (i + 1 < tiles.count) next = tiles[i + 1];  // from memory, if sparse: asked for before the waits
-    const uint32_t free = ((before + i) / C::stages & 1) ^ 1;
+    const uint32_t free = (i / C::stages & 1) ^ 1;
     barrier_wait(shared.keys_empty(stage), free);
     barrier_expect(shared.keys_full(stage), P::kKeyBytes);
     copy_part<C>(shared.keys(stage) + 128 * key_part, k_map, shared.keys_full(stage), 0, head,

@@ -151,16 +151,13 @@ def test_versions_in_turns_must_agree_bit_for_bit(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     rungs = {rung.name: rung for rung in RUNGS}
     versions = []
-    for name in ("three_lean", "three_persistent", "three_lean_sparse", "three_persistent_sparse"):
+    for name in ("three_lean", "three_late", "three_lean_sparse", "three_sparse"):
         versions.append(Computed(rungs[name], lambda args: None))
-        object.__setattr__(versions[-1], "fault", fault if "persistent" in name else "")
+        object.__setattr__(versions[-1], "fault", "" if "lean" in name else fault)
     rows = [r for r in attention8_turns.in_turns(versions, 385, 2, 0.1) if "section" in r]
     same = {(r["name"], r["lists"]): r["ok"] for r in rows if r["name"].startswith("bits")}
-    assert len(same) == 6 and all(
-        ok == ("persistent" not in name or not fault) for (name, _), ok in same.items()
-    )
+    assert len(same) == 6 and all(ok == ("lean" in name or not fault) for (name, _), ok in same.items())
     times = {(r["name"], r["share"]): r for r in rows if "ms" in r}
-    assert len(times) == 2 + 2 * 3 and times["three_persistent_sparse", 0.2][
-        "over_proportional"
-    ] == pytest.approx(5)
+    assert len(times) == 2 + 2 * 3
+    assert times["three_sparse", 0.2]["over_proportional"] == pytest.approx(5)
     assert {r["ok"] for r in rows if r["name"].startswith("three_lean ") and "ok" in r} == {True}

@@ -25,7 +25,7 @@ PROBES = {
     "no_softmax": "NoSoftmax",
 }
 """Work left out to learn what it costs: timed, never checked."""
-FLAGS = ("turns", "q_registers", "sparse", "max3", "vote", "late_sums", "lean", "persistent")
+FLAGS = ("turns", "q_registers", "sparse", "max3", "vote", "late_sums", "lean")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Rung:
     vote: bool = False
     late_sums: bool = False
     lean: bool = False
-    persistent: bool = False
     cluster: int = 1
     probe: str = "None"
     extra: bool = False
@@ -81,8 +80,6 @@ RUNGS = (
     Rung("three_lean_cluster", **LEAN, cluster=2),
     Rung("three_lean_free", **LEAN | {"turns": False}),
     Rung("three_lean_sparse", **LEAN, sparse=True),
-    Rung("three_persistent", **LEAN, persistent=True),
-    Rung("three_persistent_sparse", **LEAN, persistent=True, sparse=True),
     Rung("three_cluster", **THREE, cluster=2),
     Rung("three_cluster_6", **THREE, cluster=2, stages=6),
     Rung("three_max3", **THREE, max3=True),

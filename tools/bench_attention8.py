@@ -3,7 +3,7 @@
     python tools/bench_attention8.py --build                      # compile the rungs (no GPU needed), then stop
     python tools/bench_attention8.py --seconds 60 --out record.json
     python tools/bench_attention8.py --only three,three_cluster --length 84480 --sustain 2
-    python tools/bench_attention8.py --only three_lean,three_persistent --turns 5 --sustain 0.3
+    python tools/bench_attention8.py --only three_lean,three_lean_sparse --turns 5 --sustain 0.3
     python tools/bench_attention8.py --sections sustained,errors,lengths,memory,sparse,activations --seconds 190
 
 A rung is csrc/attention8_rung.cu with the members of `Config` it changes, compiled alone into build/attention8/, so
@@ -58,7 +58,7 @@ SHAPES = (
     (26_000, 1000),
 )
 """(L, S) of the small checks: one tile first, so that the first line tells layouts from pipelines; at the end more query
-tiles than there are blocks of a version whose blocks stay, so that each goes through several."""
+tiles of both heads than a GPU has room for at once, so that blocks follow others on one multiprocessor."""
 
 
 def check_small(rung: Rung, call: Callable[[Args], None]) -> Iterator[dict[str, Any]]:
