@@ -98,11 +98,16 @@ class FileText:
         with _open(self.path) as file:
             embeddings = [file.get_tensor(prompt_key(prompt)) for prompt in prompts]
         for prompt, embedding in zip(prompts, embeddings, strict=True):
-            if not embedding.is_floating_point() or not bool(embedding.isfinite().all()):
+            if not embedding.is_floating_point() or not _finite(embedding):
                 what = "infinities or NaN" if embedding.is_floating_point() else str(embedding.dtype)
                 rule = f"text: embeddings in {self.path} must be finite floats, got {what}"
                 raise CheckpointError(f"{rule} for {prompt[:_SHOWN]!r}.")
         return embeddings
+
+
+def _finite(x: Tensor) -> bool:
+    """One pass without a mask: of 51 million values `isfinite().all()` takes longer than reading them does."""
+    return all(bool(end.isfinite()) for end in x.aminmax())
 
 
 def _open(path: Path) -> Any:
@@ -138,7 +143,7 @@ def write_embeddings(
                 f"write_embeddings: tensors must share one shape and dtype, got {tuple(embedding.shape)} "
                 f"{embedding.dtype} {label} after {tuple(first.shape)} {first.dtype}."
             )
-        if not embedding.is_floating_point() or not bool(embedding.isfinite().all()):
+        if not embedding.is_floating_point() or not _finite(embedding):
             raise ValueError(f"write_embeddings: tensors must be finite floats, got other values {label}.")
     _save(
         Path(path),

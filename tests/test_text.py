@@ -84,6 +84,8 @@ def test_bad_embedding_files(tmp_path):
         ({"a": torch.zeros(1, 3), "b": torch.zeros(3, 1)}, "share one shape and dtype"),
         ({"a": torch.zeros(1, 3), "b": torch.zeros(1, 3).half()}, "share one shape and dtype"),
         ({"a": torch.full((1, 3), float("inf"))}, "finite"),
+        ({"a": torch.tensor([[0.0, -float("inf"), 1.0]])}, "finite"),
+        ({"a": torch.tensor([[0.0, float("nan"), 1.0]]).half()}, "finite"),
         ({"a": torch.zeros(1, 3, dtype=torch.int32)}, "finite floats"),
     ],
 )
