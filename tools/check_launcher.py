@@ -31,6 +31,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bench")]
+
+from records import environment  # noqa: E402
+
 CLIP = ROOT / "examples" / "clips" / "table.mp4"
 STEPS, FAULTY_STEP = 5, 3
 SOUND = "sound"
@@ -302,6 +306,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="faults alone, all of them at once")
     parser.add_argument("--deadline-s", type=float, default=150)
+    parser.add_argument("--commit", help="of a copy without git, for the record")
     args = parser.parse_args()
     whats = ["raise", "memory", "kill", *(["hang"] if args.hang else [])]
     if args.quick:
@@ -333,6 +338,7 @@ def main() -> int:
             c.guarded("faults", partial(check_faults, c, whats))
         record = {
             "kind": "launcher",
+            "environment": environment(args.commit),
             "device": args.device,
             "seconds": time.monotonic() - c.started,
             "checks": c.rows,
