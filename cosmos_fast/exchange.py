@@ -36,6 +36,8 @@ Tensors = tuple[Tensor, ...]
 PARTS: Final = 4
 """Of a rank's heads, exchanged by copies: on two H200s at 720p a layer took 44.7, 44.4 and 44.1 ms in 1, 2 and 4. By
 collectives 43.7, 51.8 and 49.1: record of commit fb1d53a."""
+LEAST_TOKENS: Final = 8192
+"""From which on parts are worth what it takes the host to exchange them: not for a picture (3,520 at 720p)."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Exchanged:
 
     parts: into how many parts a rank's heads are cut at most, so that the exchange of one part runs beneath the attention
     of another; their attentions follow each other without a gap (`streams`). It changes no value. None: PARTS where copies
-    carry them; one for collectives, which need SMs that the attention holds, so that both last longer. cos and sin are those of all tokens, on every rank.
+    carry many tokens; one for collectives, which need SMs that the attention holds, so that both last longer. cos and sin are those of all tokens, on every rank.
     """
 
     group: Group
@@ -229,7 +231,8 @@ class Exchanged:
         grid = Grid(qkv.shape[1] // (3 * K), Shard(self.group, cos.shape[0]))
         here = grid.shard.split(cos), grid.shard.split(sin)
         per_column = grid.heads // grid.columns
-        count = self.parts or (1 if self.group.copies is None else PARTS)
+        pays = self.group.copies is not None and grid.shard.tokens >= LEAST_TOKENS
+        count = self.parts or (PARTS if pays else 1)
         parts = cuts(per_column, count)
         pack = PACKS.get(self.produce) if grid.rows == 1 else None
         # All are sent before the first is awaited: what arrives later does so while the first is attended.

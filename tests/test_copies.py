@@ -11,13 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast import peer_memory
+from cosmos_fast import exchange, ops_exchange, peer_memory
 from cosmos_fast.copies import READY, TAKEN, Copies, box
 from cosmos_fast.exchange import Exchanged
 from cosmos_fast.formats import EnvironmentProblem
@@ -420,3 +420,17 @@ def test_a_driver_that_refuses_is_an_environment_problem(monkeypatch: pytest.Mon
     monkeypatch.setattr(peer_memory.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no driver")))
     with pytest.raises(EnvironmentProblem, match="no driver"):
         Driver()
+
+
+@pytest.mark.parametrize("by_copies, tokens, parts", [(True, 9, 4), (True, 7, 1), (False, 9, 1)])
+def test_copies_of_many_tokens_go_in_parts(
+    by_copies: bool, tokens: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collectives do not: on a GPU they wait for the attention that they would run beneath."""
+    asked, pack = [], ops_exchange.qkv_packed
+    monkeypatch.setattr(exchange, "LEAST_TOKENS", 8)
+    monkeypatch.setattr(ops_exchange, "qkv_packed", lambda *given: asked.append(given[-1]) or pack(*given))
+    alone = Group(copies=cast(Copies, object()) if by_copies else None)
+    angles, gain = torch.randn(tokens, 4), torch.ones(8)
+    Exchanged(alone)(torch.randn(tokens, 3 * 8 * 8), gain, gain, angles.cos(), angles.sin(), 0)
+    assert asked == [parts]
