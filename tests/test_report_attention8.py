@@ -66,6 +66,11 @@ def test_a_burst_is_not_called_sustained(tmp_path: Path) -> None:
     }
 
 
+def test_a_record_without_a_library_does_not_hide_one_that_compares(tmp_path: Path) -> None:
+    alone = BURST | {"records": [row for row in BURST["records"] if "peer" not in row]}
+    assert figures(tmp_path, BURST, alone)["attention_fp8_tflops.own_burst"][1] == "0.json"
+
+
 def test_each_figure_comes_from_the_newest_record_that_has_it(tmp_path: Path) -> None:
     found = figures(tmp_path, LONG, BURST)
     assert found["attention_fp8_tflops.own"] == (1110.0, "0.json", {"fa3 fp8": 940.0})
