@@ -32,7 +32,9 @@ from cosmos_fast.network_keys import to_ours
 from cosmos_fast.self_attention import SelfAttention, exact
 from cosmos_fast.self_attention8 import SLOW, fp8
 
-ROUNDING = re.compile(r"quantise|codes_kernel|moments|restored|cast|amax|scale_update", re.IGNORECASE)
+ROUNDING = re.compile(
+    r"quantise|codes_kernel|moments|sums|restored|attended_steps|cast|amax|scale_update", re.IGNORECASE
+)
 """Kernels that make codes, or what codes need. Normalisation that gives codes on the way is none of them."""
 INSTEAD_OF = re.compile(r"qk_norm_rope")
 """Kernels of the exact recipe whose work those that make codes of q and k do as well."""

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
 import bench_fp8  # noqa: E402
 import bench_fp8_attention  # noqa: E402
+import fp8_calls  # noqa: E402
 import fp8_linears  # noqa: E402
 import fp8_producers  # noqa: E402
 import peers  # noqa: E402
@@ -298,3 +300,11 @@ def test_peers_do_as_if_transformer_engine_were_absent(
     with pytest.raises(ZeroDivisionError), peers.absent("never_loaded"):
         raise ZeroDivisionError
     assert "never_loaded" not in sys.modules
+
+
+def test_every_kernel_that_makes_codes_counts_as_rounding() -> None:
+    """A kernel renamed or added must not leave the share of a call that codes take."""
+    for file in ("qkv_codes", "value_codes", "attended_steps"):
+        source = (ROOT / "kernels" / f"{file}.py").read_text(encoding="utf-8")
+        launched = re.findall(r"(\w+)\[\(.*\)\]\(", source)
+        assert launched and all(fp8_calls.ROUNDING.search(name) for name in launched), (file, launched)
