@@ -241,7 +241,7 @@ def qkv_codes(
     q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
     k = (k.float() - k_mean).to(qkv.dtype)
     if rotate:
-        q, k = (x.float() @ hadamard(x.shape[-1]).to(x.float()) for x in (q, k))
+        q, k = (x.float() @ hadamard(x.shape[-1], x.device).float() for x in (q, k))
     v = _codes(qkv.chunk(3, dim=-1)[2].unflatten(-1, k.shape[1:]).float() - v_mean, v_step)
     return _codes(q.float(), steps[0]), _codes(k.float(), steps[1]), packed(v) if pack else v
 
@@ -259,9 +259,9 @@ def _codes(x: Tensor, step: Tensor) -> Tensor:
     return (x / step).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def hadamard(K: int) -> Tensor:
+def hadamard(K: int, device: torch.device | None = None) -> Tensor:
     """The orthonormal Sylvester matrix (K, K) fp64, K a power of two: H[i, j] = (-1)^(ones of i & j) / sqrt(K)."""
-    H = torch.ones(1, 1, dtype=torch.float64)
+    H = torch.ones(1, 1, dtype=torch.float64, device=device)
     while H.shape[0] < K:
         H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
     return H / K**0.5

@@ -19,9 +19,9 @@ from cosmos_fast.dispatch import TABLE, use
 from cosmos_fast.exchange import Exchanged, fp8_attend, fp8_operands
 from cosmos_fast.operands import STARTS
 from cosmos_fast.ops_linear8 import quantised
+from cosmos_fast.packing import PACK, packed, unpacked
 from cosmos_fast.parallel import ALONE
 from cosmos_fast.recipe import Plan, Recipe
-from cosmos_fast.reference import PACK
 from cosmos_fast.self_attention8 import Fp8, SparseFp8
 
 testing.kernels_from_checkout()
@@ -84,6 +84,14 @@ def agree(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], mean: Tenso
 
 
 # --- the twin, interpreted ---
+
+
+@pytest.mark.parametrize("S", [1, 16, 37])
+def test_values_are_packed_in_groups_of_sixteen_in_the_order_of_pack(S: int) -> None:
+    v = torch.randn(S, 3, 4)
+    room = torch.cat((v, torch.zeros(-S % 16, 3, 4)))
+    places = [first + token for first in range(0, len(room), 16) for token in PACK]
+    assert torch.equal(packed(v), room[places].permute(1, 2, 0)) and torch.equal(unpacked(packed(v), S), v)
 
 
 @pytest.mark.interpret
