@@ -60,14 +60,14 @@ _qkv_sums = define(
 _CODES_TWIN = triton("qkv_codes", "qkv_codes", capability=ADA_UP)
 
 
-def _own_codes(twin: Candidate) -> Candidate:
-    """The CUDA kernel for operands that it takes, its Triton twin for others and for v."""
-    values = triton("qkv_codes", "value_codes")
+def own_codes(native: str, load: Callable[..., Any], twin: Candidate, values: str) -> Candidate:
+    """A CUDA kernel for operands that it takes, its Triton twin for others and, as `values` of its module, for v."""
+    of_v = triton("qkv_codes", values)
 
     def loaded() -> Callable[..., Any]:
-        return codes8.load_own(twin.load(), values.load())
+        return load(twin.load(), of_v.load())  # type: ignore[no-any-return]
 
-    return Candidate("cuda", loaded, "cuda", HOPPER, (torch.bfloat16,), ("triton",), "qk_codes_cuda")
+    return Candidate("cuda", loaded, "cuda", HOPPER, (torch.bfloat16,), ("triton",), native)
 
 
 _qkv_codes = define(
@@ -77,7 +77,7 @@ _qkv_codes = define(
     lambda qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, pack, eps: _fake_codes(
         qkv, k_mean.shape[0], k_mean.shape[1], pack
     ),
-    _own_codes(_CODES_TWIN),
+    own_codes("qk_codes_cuda", codes8.load_own, _CODES_TWIN, "value_codes"),
     _CODES_TWIN,
 )
 _values_packed = define(

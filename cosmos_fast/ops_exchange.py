@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from . import codes8, operands
 from .dispatch import Candidate, define, triton
 from .formats import cuts
-from .ops import EPS, HOPPER, qk_norm_rope
-from .ops_attention8 import ADA_UP, E4M3, Moments, qkv_codes
+from .ops import EPS, qk_norm_rope
+from .ops_attention8 import ADA_UP, E4M3, Moments, own_codes, qkv_codes
 
 
 def _copied(three: tuple[Tensor, ...], columns: int, parts: int) -> Tensor:
@@ -50,22 +47,12 @@ _qkv_packed = define(
 _CODES_TWIN = triton("qkv_codes", "codes_packed", capability=ADA_UP)
 
 
-def _own_codes(twin: Candidate) -> Candidate:
-    """As that of `qkv_codes`: the CUDA kernel for operands that it takes, its Triton twin for others and for v."""
-    values = triton("qkv_codes", "write_packed_values")
-
-    def loaded() -> Callable[..., Tensor]:
-        return codes8.load_own_packed(twin.load(), values.load())
-
-    return Candidate("cuda", loaded, "cuda", HOPPER, (torch.bfloat16,), ("triton",), "qk_codes_packed_cuda")
-
-
 _codes_packed = define(
     "codes_packed(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, Tensor k_mean, Tensor v_mean, "
     "Tensor v_step, Tensor steps, bool rotate, int columns, int parts, float eps) -> Tensor",
     operands.check_codes_packed,
     lambda qkv, *rest: qkv.new_empty(qkv.numel(), dtype=E4M3[0]),
-    _own_codes(_CODES_TWIN),
+    own_codes("qk_codes_packed_cuda", codes8.load_own_packed, _CODES_TWIN, "write_packed_values"),
     _CODES_TWIN,
     Candidate("composed", lambda: _coded_then_copied),
 )
