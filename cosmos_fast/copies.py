@@ -28,8 +28,8 @@ from torch import Tensor
 READY: Final = 0
 TAKEN: Final = 1
 
-Lane = tuple[str, int, int]
-"""What it does, for which peer, and which of several that do so."""
+Lane = tuple[str, int]
+"""What it does, for which peer."""
 
 PATIENCE_S: Final = 5.0
 """How long lanes may take to come to an end before what they wait for is given up."""
@@ -58,10 +58,6 @@ class Peers(Protocol):
 
     @property
     def slot_bytes(self) -> int: ...
-
-    @property
-    def ways(self) -> int:
-        """Lanes that share the slots of a pipe at each end, at most `slots`: one begins while another tells or waits."""
 
     def begin(self) -> None:
         """What lanes are given from now on comes after all that the caller has computed so far."""
@@ -124,7 +120,7 @@ class Copies:
         others = [(me + turn) % peers.size for turn in range(1, peers.size)]
         peers.begin()
         for target, source in zip(of[me], to[me], strict=True):
-            peers.copy(("own", me, 0), target, source)
+            peers.copy(("own", me), target, source)
         turns = zip_longest(*(zip_longest(to[peer], of[peer]) for peer in others), fillvalue=(None, None))
         for chunks in turns:
             for peer, (chunk, _) in zip(others, chunks, strict=True):
@@ -151,10 +147,10 @@ class Copies:
         self.peers.tell(lane, peer, TAKEN, slot, turn)
 
     def _next(self, what: str, peer: int, counts: list[int]) -> tuple[Lane, int, int]:
-        """Lane, slot and round, from 1 on, of the next chunk. A slot is always the same lane's."""
+        """Lane, slot and round, from 1 on, of the next chunk."""
         turn, slot = divmod(counts[peer], self.peers.slots)
         counts[peer] += 1
-        return (what, peer, slot % self.peers.ways), slot, turn + 1
+        return (what, peer), slot, turn + 1
 
     def has_ended(self, within_s: float) -> bool:
         """Whether all that was started has arrived, and left, by then. Holds up nothing but the caller."""

@@ -42,13 +42,7 @@ class Mapped:
             raise NoCopies("copies need a driver")
         if self.fault == "memory":
             raise torch.OutOfMemoryError("no 128 MiB left\nand a long story")
-        self.rank, self.size, self.slots, self.slot_bytes, self.ways = (
-            group.rank,
-            group.size,
-            SLOTS,
-            SLOT_BYTES,
-            1,
-        )
+        self.rank, self.size, self.slots, self.slot_bytes = group.rank, group.size, SLOTS, SLOT_BYTES
         self.pools, self.given = defaultdict[Any, Any](lambda: ThreadPoolExecutor(1)), list[Future[Any]]()
         self.file = tempfile.NamedTemporaryFile(prefix="peer-")
         self.file.truncate(FLAGS + (self.size - 1) * SLOTS * SLOT_BYTES)
