@@ -193,10 +193,7 @@ def _generate(team: Solo, specs: tuple[Path, ...], options: dict[str, Any]) -> N
         if team.is_leader:
             tell_exchange(engine.mesh, progress.line)
         if team.is_first:
-            policies = {
-                "recipe": recipe.to_dict(),
-                "plan": plan.to_dict() | {"exchange": engine.mesh.exchange},
-            }
+            policies = {"recipe": recipe.to_dict(), "plan": engine.plan_record}
             folder.write_run(environment(gpu_record(engine.device)) | policies)
         return engine
 

@@ -223,10 +223,10 @@ class FrameMaker:
     def make(
         self, frames: np.ndarray, control: Any, *, source: Path | None = None, start: int = 0, stop: int = 0
     ) -> np.ndarray:
-        return self.function(frames, getattr(control, self.field), out=None)
+        return self.fill(frames, control, None)
 
-    def fill(self, frames: np.ndarray, control: Any, out: np.ndarray) -> np.ndarray:
-        """Make it where it is to be."""
+    def fill(self, frames: np.ndarray, control: Any, out: np.ndarray | None) -> np.ndarray:
+        """Make it where it is to be, if that is given."""
         return self.function(frames, getattr(control, self.field), out=out)
 
 

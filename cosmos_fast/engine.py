@@ -148,6 +148,11 @@ class Engine:
         return joined(self.pieces(clip, on_step))
 
     @property
+    def plan_record(self) -> dict[str, Any]:
+        """The plan for records, with the exchange that was taken."""
+        return self.plan.to_dict() | {"exchange": self.mesh.exchange}
+
+    @property
     def clip_notes(self) -> list[str]:
         """What was changed on the way while the last clip was made."""
         return list(self._vae.notes)

@@ -197,7 +197,8 @@ class Exchanged:
 
     parts: into how many parts a rank's heads are cut at most, so that the exchange of one part runs beneath the attention
     of another; their attentions follow each other without a gap (`streams`). It changes no value. None: PARTS where copies
-    carry many tokens; one for collectives, which need SMs that the attention holds, so that both last longer. cos and sin are those of all tokens, on every rank.
+    carry many tokens; one for collectives, which need SMs that the attention holds, so that both last longer. cos and sin
+    are those of all tokens, on every rank.
     """
 
     group: Group

@@ -71,8 +71,8 @@ class Graphed:
 
     Owns the static latent, one row of every modulation table, the graph and its memory pool, for as long as it lives: one
     chunk. The first call captures; `capture_s` and `pool_bytes` then say what that cost, and `captures` counts (0 or 1).
-    Raises EnvironmentProblem off CUDA and where ranks share tokens, ValueError for a latent of another shape, dtype or device than the first, or a
-    step that the tables do not have.
+    Raises EnvironmentProblem off CUDA and where ranks share tokens, ValueError for a latent of another shape, dtype or
+    device than the first, or a step that the tables do not have.
     """
 
     def __init__(self, bound: Pair | Single, capture: Capture | None = None) -> None:

@@ -47,7 +47,8 @@ class ChunkInputs:
 class ClipInputs:
     """Opens the files of a planned clip; `read` gives one chunk at a time, in order. A context manager.
 
-    rooms: where memory of chunks comes from, to share it with other clips; by default it is this clip's own. Raises EnvironmentProblem for a mask that is still words: a control without it would act everywhere.
+    rooms: where memory of chunks comes from, to share it with other clips; by default it is this clip's own.
+    Raises EnvironmentProblem for a mask that is still words: a control without it would act everywhere.
     """
 
     def __init__(

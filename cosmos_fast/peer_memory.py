@@ -30,9 +30,7 @@ T = TypeVar("T")
 SLOTS: Final = 2
 ROOM: Final = 64 << 20
 """Bytes of one slot to all peers: one holds a quarter of a rank's q, k and v at 720p on two ranks. On two H200s 124 and 248 MiB took
-0.47 and 0.89 ms so, 0.57 and 0.97 in four slots of half the size, 0.88 and 1.62 in eight of a quarter, measured by hand."""
-WAYS: Final = 1
-"""Lanes at each end of a pipe."""
+0.47 and 0.89 ms so, 0.57 and 0.97 in four slots of half the size, 0.88 and 1.62 in eight of a quarter (2026-11-23-fb1d53a-copies.json)."""
 FLAGS: Final = 4096
 """Bytes of the flags before the slots: room for 512 slots of all peers together."""
 PROOF_S: Final = 10.0
@@ -126,15 +124,13 @@ class PeerMemory:
     a kernel, which would wait for the end of an attention. Changes no byte. Raises NoCopies.
     """
 
-    def __init__(
-        self, group: Group, device: torch.device, *, slots: int = SLOTS, room: int = ROOM, ways: int = WAYS
-    ) -> None:
+    def __init__(self, group: Group, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
         assert group.handle is not None, "peer memory: alone there is nobody to exchange with"
-        assert ways <= slots and 8 * slots * group.size <= FLAGS, "peer memory: flags must fit"
+        assert 8 * SLOTS * group.size <= FLAGS, "peer memory: flags must fit"
         self.rank, self.size = group.rank, group.size
-        self.slots, self.slot_bytes, self.ways = slots, slot_bytes(room, group.size), ways
+        self.slots, self.slot_bytes = SLOTS, slot_bytes(group.size)
         self._driver, self._device, self.hinted = Driver(), device, True
         self._lanes: dict[Lane, torch.cuda.Stream] = {}
         self._given: dict[Lane, torch.cuda.Stream] = {}
@@ -142,7 +138,7 @@ class PeerMemory:
         self._aside = torch.cuda.Stream(device, priority=-1)
         if symmetric.get_backend(device) != "CUDA":  # another may have been chosen by the environment
             symmetric.set_backend("CUDA")
-        size = FLAGS + (group.size - 1) * slots * self.slot_bytes
+        size = FLAGS + (group.size - 1) * SLOTS * self.slot_bytes
         self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
         self._memory[:FLAGS].zero_()
         torch.cuda.synchronize(device)
@@ -220,9 +216,9 @@ class PeerMemory:
         return self._given[lane]
 
 
-def slot_bytes(room: int, size: int) -> int:
-    """Of `room` for all peers of a rank, what is left to one."""
-    return room // max(size - 1, 1) // 4096 * 4096
+def slot_bytes(size: int) -> int:
+    """Of ROOM for all peers of a rank, what is left to one."""
+    return ROOM // max(size - 1, 1) // 4096 * 4096
 
 
 def exchanging(
@@ -248,17 +244,15 @@ def exchanging(
     return replace(group, copies=None), (f"exchange: by collectives, not by copies: {refused}.",)
 
 
-def open_copies(group: Group, device: torch.device, **shape: int) -> Copies:
+def open_copies(group: Group, device: torch.device) -> Copies:
     """The exchange by copies of this group, proven against its collectives. All ranks must call it.
-
-    shape: slots, room and ways of `PeerMemory`, the same on all.
 
     Raises NoCopies, on all of them, where it cannot be had; then nothing of it is left. EnvironmentProblem, and no way on,
     where lanes of a failed proof never come to an end.
     """
     everyone = group.hear((_host(), device.type, device.index))
     _none_refuses(group, obstacle(group.rank, everyone))
-    peers = _all_can(group, lambda: PeerMemory(group, device, **shape))
+    peers = _all_can(group, lambda: PeerMemory(group, device))
     _all_can(group, lambda: peers.meet(group))
     copies = Copies(peers)
     try:

@@ -332,7 +332,7 @@ def make_clip(
     return outputs.finish(
         build_sidecar(
             name=clip.spec.name, spec=clip.spec.resolved(), spec_hash=clip.spec.hash(), inputs=inputs,
-            recipe=engine.recipe, plan=engine.plan.to_dict() | {"exchange": engine.mesh.exchange}, model=engine.model, checkpoint=engine.files,
+            recipe=engine.recipe, plan=engine.plan_record, model=engine.model, checkpoint=engine.files,
             text=describe_encoder(engine.text), made=clip.made, weights_sha256=engine.weights_sha256(), kernels=dispatch.used(), seeds=seeds, chunks=clip.chunks, stages=engine.stages.record(),
             output={
                 "frames": clip.frames, "width": media.size[0], "height": media.size[1], "fps": str(clip.fps),

@@ -34,7 +34,8 @@ from cosmos_fast.kernels.norm_rope import normed_rotated
 from cosmos_fast.kernels.value_codes import E4M3, begins, sent_from, store_codes, write_v_codes
 from torch import Tensor
 
-# Tokens of one program and warps. MOMENTS with STAGES tokens in flight or in use by one H200 at 84,480 tokens: 0.276 ms, with
+# Tokens of one program and warps. MOMENTS with STAGES tokens in flight or in use by one H200 at 84,480 tokens
+# (2026-11-23-fb1d53a-moments.json): 0.276 ms, with
 # 256/8 0.287, 160/8 0.292, 160/4 and one token 0.303, 128/4 and three 0.358. The others are not measured yet.
 MOMENTS = Config(320, 8)
 STAGES = 4

@@ -43,7 +43,7 @@ import scaling_exchange  # noqa: E402
 import scaling_networks  # noqa: E402
 from published import relative_l2  # noqa: E402
 from records import destination, environment  # noqa: E402
-from scaling_networks import ALONE, LOOPS  # noqa: E402
+from report_scaling import ALONE, LOOPS  # noqa: E402
 from scaling_ranks import Parent, Traffic, fault_file, read, write  # noqa: E402
 from scaling_summary import links, summary  # noqa: E402
 from scaling_trace import overlap, profiled  # noqa: E402

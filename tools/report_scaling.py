@@ -14,6 +14,8 @@ CLIPS = {
     "one": "distilled clip to its frames, 1 GPU",
     "context2": "distilled clip to its frames, 2 GPUs, context=2",
 }
+ALONE = {"cfg2": "one", "context2": "one", "collectives2": "one", "fp8_context2": "fp8_one"}
+"""Loops of two GPUs, and that of one which they are compared with."""
 HEAD = ["random weights, 93 frames, 720p", "s", "speed over 1 GPU", "% of ideal", "GB sent by a GPU", "ms of exchange hidden",
         "exposed", "SM MHz"]  # fmt: skip
 
@@ -21,9 +23,8 @@ HEAD = ["random weights, 93 frames, 720p", "s", "speed over 1 GPU", "% of ideal"
 def gains(record: dict[str, Any]) -> dict[str, float]:
     """Seconds of one GPU over those of two: each loop of a step, distilled2 of a clip."""
     loops, clips, found = record.get("loops", {}), record.get("distilled", {}), {}
-    for name in LOOPS:
-        alone = "fp8_one" if name.startswith("fp8") else "one"
-        if name != alone and {alone, name} <= set(loops):
+    for name, alone in ALONE.items():
+        if {alone, name} <= set(loops):
             found[name] = loops[alone]["step_s"] / loops[name]["step_s"]
     if {"one", "context2"} <= set(clips):
         found["distilled2"] = clips["one"]["seconds"] / clips["context2"]["seconds"]

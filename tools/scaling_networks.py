@@ -18,10 +18,6 @@ from cosmos_fast.parallel import Group, Halves
 from cosmos_fast.self_attention import SelfAttention
 from cosmos_fast.self_attention8 import fp8
 
-ALONE = {"cfg2": "one", "context2": "one", "collectives2": "one", "fp8_context2": "fp8_one"}
-"""Loops of two GPUs, and that of one which they are compared with."""
-LOOPS = ("one", "cfg2", "context2", "collectives2", "fp8_one", "fp8_context2")
-
 
 def bound(
     wanted: list[str], config: NetworkConfig, given: published.Inputs, device: torch.device, cfg: Group,
