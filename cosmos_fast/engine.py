@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import controls, graphs, models, quant, sampler, vae_fp8
+from . import controls, graphs, models, neighbours, quant, sampler, vae_fp8
 from .chunking import Chunk, conditional_latents, guided_map, seed_chain, weight_maps, weight_vector
 from .clip_parts import Opening, Part, Piece, Progress, Result, Step, Window, joined, last_frames, screened
 from .clip_plan import ClipPlan
@@ -26,14 +26,13 @@ from .context import Context
 from .exchange import Exchanged
 from .formats import CONTROLS, SPATIAL, EnvironmentProblem, latent_frames
 from .guardrails import Guardrails, Watch, screening
-from .inputs import ChunkInputs, ClipInputs
+from .inputs import ChunkInputs, ClipInputs, style_image
 from .makers import Makers
 from .network import Network, Pair, Prompt, Single
 from .parallel import Halves, Mesh
 from .planning import Files, preflight
 from .reading import Reader, Reading
 from .recipe import Plan, Recipe
-from .rooms import Rooms
 from .self_attention import SelfAttention, exact
 from .self_attention8 import fp8, precise, scheduled
 from .spec import Spec
@@ -92,7 +91,8 @@ class Engine:
         self.mesh = mesh or Mesh.open(self.plan)
         self.device = self.mesh.device
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.recipe.dtype]
-        self.stages, self._rooms, self._probed = Stages(self.device), Rooms(), Files()
+        self.stages, self._probed = Stages(self.device), Files()
+        self._neighbours = neighbours.meet(self.mesh.world)
         self.makers = makers
         self.clip_makers = clip_makers or Makers(self.device, without=makers)
         self.limits = models.limits(checkpoint) | ({"chunk_lengths": chunk_lengths} if chunk_lengths else {})
@@ -104,7 +104,8 @@ class Engine:
             self.guardrails, self.unguarded = screening(
                 guardrails, models.is_published(checkpoint), self.plan.device
             )
-            self.network, self.notes = self._load_network(source)
+            self.network, notes = self._load_network(source)
+            self.notes = (*notes, *self._neighbours.notes)
             self._precise = precise(self.network, self.recipe, self._full_attention())
             self.style = models.open_style(style, source, self.network.config, self.plan.device)
             self.vae = self._load_vae(vae_path)
@@ -168,12 +169,10 @@ class Engine:
         seeds = seed_chain(clip.spec.seed, len(clip.chunks))
         schedule = self.schedule(clip)
         tail: np.ndarray | None = None
-        with (
-            ClipInputs(clip, self.makers, self._rooms) as inputs,
-            Reader(inputs, clip.chunks, self.stages) as reader,
-        ):
+        inputs = partial(ClipInputs, clip, self.makers, self._neighbours.rooms)
+        with Reader(inputs, clip.chunks, self.stages, self._neighbours) as reader:
             with self.stages("text"):
-                prompts = self._prompts(clip, inputs)
+                prompts = self._prompts(clip)
             for reading, seed in zip(reader, seeds, strict=True):
                 chunk = reading.chunk
                 with self.stages("encode"):
@@ -222,16 +221,16 @@ class Engine:
 
     # --- one stage each ---
 
-    def _prompts(self, clip: ClipPlan, inputs: ClipInputs) -> list[Prompt]:
+    def _prompts(self, clip: ClipPlan) -> list[Prompt]:
         """The prompt, and the negative one where there is guidance."""
         alone = self.is_distilled or clip.spec.guidance == 0
         texts = [clip.spec.prompt] if alone else [clip.spec.prompt, clip.spec.negative_prompt]
-        image = inputs.style_image()
         features: list[Tensor | None] = [None] * len(texts)
-        if image is not None:
+        if clip.style is not None:
             if self.style is None:
                 raise EnvironmentProblem("style image: needs an encoder, got none. Pass style= to Engine.")
-            seen = self.mesh.world.first(lambda: self.style.encode(image, clip.model_size).cpu())
+            encode = self.style.encode
+            seen = self.mesh.world.first(lambda: encode(style_image(clip), clip.model_size).cpu())
             wanted = (self.network.config.image_tokens, self.network.config.image_width)
             if tuple(seen.shape) != wanted:
                 raise EnvironmentProblem(

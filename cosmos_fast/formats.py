@@ -79,6 +79,13 @@ class Refused(ClipError):
     """Guardrails blocked the prompt or the picture of one clip."""
 
 
+def raised_by(rank: int, kind: type[BaseException], text: str) -> CosmosFastError:
+    """What to raise here for what another rank raised: itself if it is of this package, else ClipError naming both."""
+    if issubclass(kind, CosmosFastError):
+        return kind(text)
+    return ClipError(f"rank {rank}: {kind.__name__}: {text}")
+
+
 def latent_frames(frames: int) -> int:
     """Latent frames of `frames` video frames; `frames` must be 4k+1."""
     if frames < 1 or frames % TEMPORAL != 1:

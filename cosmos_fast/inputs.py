@@ -158,15 +158,6 @@ class ClipInputs:
             if frame >= max(start, there):
                 out[frame] = out[same]
 
-    def style_image(self) -> np.ndarray | None:
-        """The style image (H, W, 3) uint8 at its own size, from a frame of the clip or a file; None if none."""
-        style = self.clip.style
-        if style is None:
-            return None
-        file, frame = (self.clip.source, style) if isinstance(style, int) else (style, 0)
-        with Source(file) as source:
-            return source.read(frame, frame + 1)[0]
-
     def close(self) -> None:
         for source in (self.source, *self._controls.values(), *self._masks.values(), self._guided):
             if source is not None:
@@ -177,6 +168,14 @@ class ClipInputs:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def style_image(clip: ClipPlan) -> np.ndarray:
+    """The style image (H, W, 3) uint8 of a clip that has one, at its own size, from a frame of the clip or a file."""
+    assert clip.style is not None, "style_image: the clip has none"
+    file, frame = (clip.source, clip.style) if isinstance(clip.style, int) else (clip.style, 0)
+    with Source(file) as source:
+        return source.read(frame, frame + 1)[0]
 
 
 def _copy(out: np.ndarray, made: np.ndarray, name: str) -> None:

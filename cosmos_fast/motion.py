@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +23,8 @@ PATIENT = ("torch.distributed", "filelock", "subprocess")
 """Packages whose calls wait for other processes: exchanges, downloads that another rank does, compilers."""
 EXCHANGE = f"{__package__}.parallel"
 """Waits for other ranks where it calls no Python itself; what it calls may be a rank's own work, which may hang."""
+READING, HEARING = f"{__package__}.reading", f"{__package__}.neighbours"
+"""Who waits in the first waits for another process where a thread hears in the second what that one reads."""
 _TICKS_PER_S = 100.0  # USER_HZ, the same on every Linux
 
 
@@ -45,7 +47,7 @@ class Motion:
         }
         cpu_s, moved = _cpu_s(me), _bytes()
         main = frames.get(threading.main_thread().ident or 0)
-        waits = waits or _is_waiting(main)
+        waits = waits or _is_waiting(main, frames.values())
         works = cpu_s - self._cpu_s > BUSY * (now - self._at)
         if waits or works or places != self._places or moved - self._bytes > MOVED_BYTES:
             self._places, self._bytes, self._moved_at = places, moved, now
@@ -66,10 +68,17 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_waiting(frame: FrameType | None) -> bool:
-    """Whether a thread, by its innermost frame, waits for another process."""
-    names = [str(f.f_globals.get("__name__", "")) for f in _stack(frame)]
-    return names[:1] == [EXCHANGE] or any(name.startswith(PATIENT) for name in names)
+def _is_waiting(main: FrameType | None, threads: Iterable[FrameType]) -> bool:
+    """Whether the main thread, by where it and the others are, waits for another process."""
+    names = _modules(main)
+    if names[:1] == [EXCHANGE] or any(name.startswith(PATIENT) for name in names):
+        return True
+    return READING in names and any(HEARING in _modules(frame)[:2] for frame in threads)
+
+
+def _modules(frame: FrameType | None) -> list[str]:
+    """Of every frame from the innermost out."""
+    return [str(f.f_globals.get("__name__", "")) for f in _stack(frame)]
 
 
 def _cpu_s(but: int) -> float:

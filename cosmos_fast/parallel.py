@@ -22,7 +22,7 @@ from torch import Tensor
 from . import peer_memory
 from .copies import Copies
 from .dispatch import pick_device
-from .formats import ClipError, CosmosFastError, EnvironmentProblem
+from .formats import ClipError, EnvironmentProblem, raised_by
 from .recipe import Plan
 
 T = TypeVar("T")
@@ -237,10 +237,7 @@ class Group:
             return
         if self.rank == source and error is not None:
             raise error
-        kind, text = told
-        if issubclass(kind, CosmosFastError):
-            raise kind(text)
-        raise ClipError(f"rank {source}: {kind.__name__}: {text}")
+        raise raised_by(source, *told)
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.handle, rank) if self.handle is not None else rank

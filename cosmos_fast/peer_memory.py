@@ -250,7 +250,7 @@ def open_copies(group: Group, device: torch.device) -> Copies:
     Raises NoCopies, on all of them, where it cannot be had; then nothing of it is left. EnvironmentProblem, and no way on,
     where lanes of a failed proof never come to an end.
     """
-    everyone = group.hear((_host(), device.type, device.index))
+    everyone = group.hear((host_name(), device.type, device.index))
     _none_refuses(group, obstacle(group.rank, everyone))
     peers = _all_can(group, lambda: PeerMemory(group, device))
     _all_can(group, lambda: peers.meet(group))
@@ -288,7 +288,7 @@ def _none_refuses(group: Group, why: str | None) -> None:
         raise NoCopies("; ".join(f"{reason}, on rank {told[reason]}" for reason in reversed(told)))
 
 
-def _host() -> str:
+def host_name() -> str:
     """Name of this host, and of its boot where the system tells: machines made of one image share their names."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} ({boot.read_text()[:8]})" if boot.exists() else socket.gethostname()

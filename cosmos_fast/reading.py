@@ -1,9 +1,13 @@
-"""The inputs of a clip read by a thread: ahead of who encodes them by what is left of a chunk, and the chunk after it."""
+"""The inputs of a clip read by a thread: ahead of who encodes them by what is left of a chunk, and the chunk after it.
+
+Ranks of one host read a clip once (`neighbours`): a Reader on the others hears of it, and its Readings cannot be told apart.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Final
 
@@ -11,6 +15,7 @@ import numpy as np
 
 from .chunking import Chunk, is_black
 from .inputs import ChunkInputs, ClipInputs
+from .neighbours import Alone, Item, News, Take
 from .stages import Stages
 from .worker import Worker
 
@@ -25,7 +30,7 @@ class Reading:
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._given: ChunkInputs | None = None
         self._read = self._done = 0  # frames read; frames whose controls are made as well
         self._there: dict[str, int] = {}  # frames of each control
@@ -49,8 +54,8 @@ class Reading:
         return self._await(lambda: self._done == self.chunk.length)
 
     def _await(self, has_come: Callable[[], bool]) -> ChunkInputs:
-        with self._news:
-            self._news.wait_for(lambda: has_come() or self._error is not None)
+        with self._changed:
+            self._changed.wait_for(lambda: has_come() or self._error is not None)
             if self._error is not None:
                 raise self._error
             assert self._given is not None
@@ -58,41 +63,51 @@ class Reading:
 
     # --- the reader's side ---
 
-    def read(self, inputs: ClipInputs, stop: threading.Event) -> None:
-        """Read it all, unless told to stop; an error is for those who wait.
+    def take(self, item: Item) -> bool:
+        """What has become of the chunk, for those who wait; whether that was the last."""
+        with self._changed:
+            if isinstance(item, ChunkInputs):
+                self._given = item
+            elif isinstance(item, News):
+                self._read, self._done = max(self._read, item.read), max(self._done, item.done)
+                self._there |= dict.fromkeys(item.there, item.end)
+                self._lit |= set(item.lit)
+            else:
+                self._error = item
+            self._changed.notify_all()
+            return self._error is not None or self._done == self.chunk.length
+
+    def read(self, open_inputs: Callable[[], ClipInputs], stop: threading.Event, tell: Take) -> None:
+        """Read it all, unless told to stop, and `tell` what becomes of it; an error is for those who wait.
 
         A second thread makes the controls that have no file, a few windows behind this one.
         """
         try:
+            inputs = open_inputs()
             given = inputs.room(self.chunk)
+            tell(given)
 
             def make(window: tuple[int, int]) -> None:
                 there = inputs.make(self.chunk, given, *window)
-                self._tell(given, there, window[1], done=window[1])
+                tell(self._news(given, there, window[1], done=window[1]))
 
             with Worker(make, AHEAD, "maker") as maker:
                 for start, end in _windows(self.chunk.length):
                     if stop.is_set():
                         return
-                    self._tell(given, inputs.fill(self.chunk, given, start, end), end, read=end)
+                    tell(self._news(given, inputs.fill(self.chunk, given, start, end), end, read=end))
                     maker.put((start, end))
         except BaseException as error:  # raised where it is waited for
-            with self._news:
-                self._error = error
-                self._news.notify_all()
+            tell(error)
 
-    def _tell(self, given: ChunkInputs, there: list[str], end: int, *, read: int = 0, done: int = 0) -> None:
+    def _news(self, given: ChunkInputs, there: list[str], end: int, *, read: int = 0, done: int = 0) -> News:
         """These controls are there up to frame `end`; so much of the chunk has been read, or done."""
-        lit = {
+        lit = (
             name
             for name in there
             if name not in self._lit and not is_black(given.controls[name][self._there.get(name, 0) : end])
-        }
-        with self._news:
-            self._given, self._read, self._done = given, max(self._read, read), max(self._done, done)
-            self._there |= dict.fromkeys(there, end)
-            self._lit |= lit
-            self._news.notify_all()
+        )
+        return News(tuple(there), tuple(lit), end, read, done)
 
 
 def _windows(length: int) -> list[tuple[int, int]]:
@@ -103,15 +118,23 @@ def _windows(length: int) -> list[tuple[int, int]]:
 class Reader:
     """Readings of `chunks` in order, the first one begun at once, the next one before the one given is used.
 
-    A context manager.
+    A context manager. open_inputs: called in the thread, and not on a rank whose `neighbours` read for it; closed here.
 
     Seconds of the thread are told to `stages` as "inputs".
     """
 
-    def __init__(self, inputs: ClipInputs, chunks: Sequence[Chunk], stages: Stages) -> None:
-        self._inputs, self._stages = inputs, stages
+    def __init__(
+        self,
+        open_inputs: Callable[[], ClipInputs],
+        chunks: Sequence[Chunk],
+        stages: Stages,
+        neighbours: Alone | None = None,
+    ) -> None:
+        self._open, self._stages, self._neighbours = open_inputs, stages, neighbours or Alone()
+        self._inputs: ClipInputs | None = None
         self._readings, self._last = [Reading(chunk) for chunk in chunks], chunks[-1]
         self._stop = threading.Event()
+        self._neighbours.begin()
         self._worker = Worker(self._read, len(chunks), "reader")
         for reading in self._readings[:1]:
             self._worker.put(reading)
@@ -125,9 +148,18 @@ class Reader:
 
     def _read(self, reading: Reading) -> None:
         with self._stages.beside("inputs"):
-            reading.read(self._inputs, self._stop)
+            read = partial(reading.read, self._opened, self._stop)
+            self._neighbours.carry(reading.chunk.index, read, reading.take, self._stop)
             if reading.chunk == self._last:
-                self._inputs.close()  # its threads and memory go while others work
+                self._close()  # its threads and memory go while others work
+
+    def _opened(self) -> ClipInputs:
+        self._inputs = self._inputs or self._open()
+        return self._inputs
+
+    def _close(self) -> None:
+        if self._inputs is not None:
+            self._inputs.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -137,3 +169,5 @@ class Reader:
     ) -> None:
         self._stop.set()
         self._worker.__exit__(kind, error, trace)
+        self._close()
+        self._neighbours.end()

@@ -37,7 +37,7 @@ LAYERS: dict[int, tuple[str, str]] = {
     5: ("sampler cache graphs", "vae_strips vae_fp8 readback"),
     6: (
         "engine",
-        "planning clip_plan clip_parts layout inputs rooms reading vae_stage vae_split costs models makers",
+        "planning clip_plan clip_parts layout inputs rooms neighbours reading vae_stage vae_split costs models makers",
     ),
     7: (
         "cli",

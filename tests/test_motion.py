@@ -96,6 +96,17 @@ def test_an_exchange_waits_but_what_it_calls_may_hang() -> None:
     assert stillness(lambda: module("cosmos_fast.parallel")["call"](hangs)) > (SAMPLES - 2) * PAUSE_S
 
 
+def test_who_waits_for_what_another_rank_reads_is_not_still() -> None:
+    """A rank that reads for itself may hang there, and so may one that only happens to hear of the next chunk."""
+    reads, hears = module("cosmos_fast.reading")["wait"], module("cosmos_fast.neighbours")["wait"]
+    elsewhere = module("cosmos_fast.engine")["wait"]
+    for main, beside, is_still in ((reads, hears, False), (reads, elsewhere, True), (elsewhere, hears, True)):
+        other = threading.Thread(target=beside)
+        other.start()
+        assert (stillness(main) > 2 * PAUSE_S) == is_still
+        other.join()
+
+
 def test_who_waits_is_not_still() -> None:
     assert stillness(lambda: time.sleep(1.2 * SAMPLES * PAUSE_S), waits=True) < 2 * PAUSE_S
 

@@ -115,7 +115,10 @@ def test_clips_read_into_used_memory_are_the_same(clip: Path) -> None:
     assert len(fresh) == 2
     places = []
     for _ in range(3):
-        with ClipInputs(plan, rooms=rooms) as inputs, Reader(inputs, plan.chunks, Stages(CPU)) as reader:
+        with (
+            ClipInputs(plan, rooms=rooms) as inputs,
+            Reader(lambda: inputs, plan.chunks, Stages(CPU)) as reader,
+        ):
             given = [one.whole() for one in reader]  # both chunks are held: neither may be written over
         for one, wanted in zip(given, fresh, strict=True):
             assert np.array_equal(one.frames, wanted.frames)
@@ -129,7 +132,7 @@ def test_clips_read_into_used_memory_are_the_same(clip: Path) -> None:
 
 def test_reading_begins_before_it_is_asked_for_and_lets_go_of_its_files(clip: Path) -> None:
     plan = planned(clip, max_frames=CHUNK)
-    with ClipInputs(plan) as inputs, Reader(inputs, plan.chunks, Stages(CPU)) as reader:
+    with ClipInputs(plan) as inputs, Reader(lambda: inputs, plan.chunks, Stages(CPU)) as reader:
         reader._worker.finish()
         assert inputs.source._position == CHUNK and inputs.source._decoder is None
         (one,) = reader

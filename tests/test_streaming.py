@@ -168,7 +168,7 @@ def test_reading_in_windows_is_reading_at_once(
     monkeypatch.setattr(Source, "_rewind", lambda self: (decoders.append(1), rewind(self))[1])
     monkeypatch.setattr(reading, "WINDOW", 1)
     stages = Stages(CPU)
-    with ClipInputs(plan) as inputs, Reader(inputs, plan.chunks, stages) as reader:
+    with ClipInputs(plan) as inputs, Reader(lambda: inputs, plan.chunks, stages) as reader:
         for one, expected in zip(reader, whole, strict=True):
             given = one.whole()
             assert np.array_equal(given.frames, expected.frames)
@@ -191,7 +191,7 @@ def test_black_is_known_late_and_light_early(clip: Path, tmp_path: Path) -> None
         clip, num_video_frames_per_chunk=9, max_frames=9, edge={},
         depth={"control_path": str(tmp_path / "black.mkv")}, seg={"control_path": str(tmp_path / "last.mkv")},
     )  # fmt: skip
-    with ClipInputs(plan) as inputs, Reader(inputs, plan.chunks, Stages(CPU)) as reader:
+    with ClipInputs(plan) as inputs, Reader(lambda: inputs, plan.chunks, Stages(CPU)) as reader:
         (one,) = reader
         assert [one.is_lit(name) for name in ("edge", "seg", "depth", "vis")] == [True, True, False, False]
 
@@ -208,7 +208,10 @@ def test_a_maker_of_ones_own_gets_the_whole_chunk(clip: Path) -> None:
 
     plan = planned(clip, max_frames=CHUNK, depth={})
     plan = replace(plan, controls={"depth": None})
-    with ClipInputs(plan, {"depth": Bright()}) as inputs, Reader(inputs, plan.chunks, Stages(CPU)) as reader:
+    with (
+        ClipInputs(plan, {"depth": Bright()}) as inputs,
+        Reader(lambda: inputs, plan.chunks, Stages(CPU)) as reader,
+    ):
         (one,) = reader
         assert one.is_lit("depth") and np.array_equal(one.control("depth", 0, 1), 255 - one.frames(0, 1))
     assert asked == [(CHUNK, 0, CHUNK)]
@@ -229,7 +232,9 @@ def test_controls_are_made_while_the_next_frames_are_read(
         expected = inputs.read(plan.chunks[0])
         monkeypatch.setattr(ClipInputs, "make", late)
         one = reading.Reading(plan.chunks[0])
-        threading.Thread(target=one.read, args=(inputs, threading.Event()), daemon=True).start()
+        threading.Thread(
+            target=one.read, args=(lambda: inputs, threading.Event(), one.take), daemon=True
+        ).start()
         whole: list[Any] = []
         waits = threading.Thread(target=lambda: whole.append(one.whole()), daemon=True)
         waits.start()
@@ -249,7 +254,7 @@ def test_what_keeps_a_chunk_from_being_read_reaches_who_waits(
 
     monkeypatch.setattr(Source, "read", fail)
     plan = planned(clip)
-    with ClipInputs(plan) as inputs, Reader(inputs, plan.chunks, Stages(CPU)) as reader:
+    with ClipInputs(plan) as inputs, Reader(lambda: inputs, plan.chunks, Stages(CPU)) as reader:
         chunks = iter(reader)
         assert next(chunks).whole().frames.shape == (CHUNK, 256, 256, 3)
         second = next(chunks)
@@ -260,7 +265,7 @@ def test_what_keeps_a_chunk_from_being_read_reaches_who_waits(
 
 def test_the_next_chunk_is_read_before_it_is_asked_for(clip: Path) -> None:
     plan = planned(clip)
-    with ClipInputs(plan) as inputs, Reader(inputs, plan.chunks, Stages(CPU)) as reader:
+    with ClipInputs(plan) as inputs, Reader(lambda: inputs, plan.chunks, Stages(CPU)) as reader:
         next(iter(reader)).whole()
         reader._worker.finish()
         assert inputs.source._position == 2 * (CHUNK - 1) + 1

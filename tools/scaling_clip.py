@@ -35,14 +35,19 @@ def make(folder: Path, *, smoke: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     embedded = torch.randn(config.text_tokens, config.text_width, generator=generator)
     write_embeddings(folder / TEXT, {PROMPT: embedded.bfloat16()})
+    write_clip(folder / CLIP, smoke=smoke)
+    (folder / READY).touch()
+
+
+def write_clip(path: Path, *, smoke: bool) -> None:
+    """A moving picture."""
     frames, width, height = (SMOKE_FRAMES, 256, 256) if smoke else (FRAMES, 1280, 704)
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    with Writer(folder / CLIP, (width, height), 16) as writer:
+    with Writer(path, (width, height), 16) as writer:
         for i in range(frames):
             wave = np.sin((x + 9 * i) / 37) * np.cos((y - 5 * i) / 53)
             planes = 127 + 120 * wave, 127 - 90 * wave, (x + 3 * i) % 256
             writer.write(np.stack(planes, -1).astype(np.uint8))
-    (folder / READY).touch()
 
 
 def await_files(folder: Path, limit_s: float) -> None:
