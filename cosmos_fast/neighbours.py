@@ -229,7 +229,7 @@ def _entered(address: bytes, number: int) -> tuple[socket.socket | None, str | N
         first.connect(address)
         if not _is_ours(first):
             return None, "the rank that reads must be of the same user, got another"
-        first.send(pickle.dumps(number))
+        first.send(b"%d" % number)
     except OSError as error:
         return None, f"local sockets must connect, got {error}"
     first.settimeout(POLL_S)
@@ -244,9 +244,10 @@ def _let_in(door: socket.socket, count: int) -> dict[int, socket.socket]:
         door.settimeout(max(until - time.monotonic(), 0.001))
         try:
             other, _ = door.accept()
-            if _is_ours(other):  # such a door stands open to everybody here
-                other.settimeout(SEND_S)
-                others[pickle.loads(other.recv(MESSAGE_BYTES))] = other
+            other.settimeout(SEND_S)
+            # Such a door stands open to everybody here; and who finds that it is not ours leaves without a word.
+            if _is_ours(other) and (number := other.recv(MESSAGE_BYTES)):
+                others[int(number)] = other
         except OSError as error:
             raise EnvironmentProblem(
                 f"reading: {count} ranks must connect within {MEET_S:.0f} s, got {len(others)} ({error}). Start anew."
