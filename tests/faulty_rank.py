@@ -18,7 +18,7 @@ os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
 
 import torch  # noqa: E402
 
-from cosmos_fast import engine, media_files, parallel, team, team_store, vae_split  # noqa: E402
+from cosmos_fast import engine, media_files, parallel, reading, team, team_store, vae_split  # noqa: E402
 from cosmos_fast.cli import main  # noqa: E402
 
 # As in production, but for the tests' patience.
@@ -61,6 +61,7 @@ def faulty(*args: Any) -> Any:
 
 PLACES = {
     "load": (engine.Engine, "_load_vae"), "decode": (vae_split.SharedVAEStage, "_frames"), "write": (media_files.Media, "write"),
+    "read": (reading.Reading, "read"),
 }  # fmt: skip
 for place, kind in faults:
     if place in PLACES:

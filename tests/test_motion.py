@@ -120,14 +120,16 @@ def test_a_place_names_the_innermost_frame() -> None:
     assert place(sys._getframe()).startswith("test_motion.py:") and place(None) == "nowhere"
 
 
+@pytest.mark.parametrize("rank, where", [(1, "decode"), (0, "read")])
 def test_a_rank_that_hangs_outside_the_steps_costs_its_clip(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, where: str
 ) -> None:
+    """What rank 0 reads rank 1 waits for, and is not taken for the one that hangs."""
     clip = clip_of(tmp_path / "street.mp4", 5)
     spec = write_spec(tmp_path, "a", clip, num_video_frames_per_chunk=1)
     monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(ROOT / "tests" / "faulty_rank.py")))
     environment = {
-        "FAULTS": "0:1:decode:sleep", "STILL": "3", "LOG": str(tmp_path / "log"), "PYTHONPATH": str(ROOT),
+        "FAULTS": f"0:{rank}:{where}:sleep", "STILL": "3", "LOG": str(tmp_path / "log"), "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     for key, value in environment.items():
@@ -136,8 +138,8 @@ def test_a_rank_that_hangs_outside_the_steps_costs_its_clip(
     assert run.code == 1 and run.paths == [], run
     (line,) = (json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
     assert (
-        line["reason"].startswith("rank 1 (2 in all) did nothing for ")
-        and "faulty_rank.py:" in line["reason"]
+        line["reason"].startswith(f"rank {rank} (2 in all) did nothing for ")
+        and {"decode": "faulty_rank.py:", "read": "reading.py:"}[where] in line["reason"]
     )
     assert sum(": failed: " in line for line in run.err.splitlines()) == 1, run.err
     happened = (tmp_path / "sleep.time").stat().st_mtime
