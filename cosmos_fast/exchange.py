@@ -248,11 +248,14 @@ class Exchanged:
             shared = operands.shared
             arriving = [_send(operands, part, grid) for part in parts]
         returning = in_turns([partial(self._attended, sent, kind, grid) for sent in arriving], qkv.device)
-        out = qkv.new_empty(Lr, grid.columns, per_column, K, dtype=kind)
+        # A copy of rows with gaps moves one element a thread, however small: 16 bytes where heads can be cut so.
+        word = torch.complex128 if K * kind.itemsize % 16 == 0 else kind
+        width = K * kind.itemsize // word.itemsize
+        out = qkv.new_empty(Lr, grid.columns, per_column * width, dtype=word)
         for part, exchange in zip(parts, returning, strict=True):
-            own = exchange.wait().view(out.dtype).view(grid.columns, Lr, part.stop - part.start, K)
-            out[:, :, part].copy_(own.transpose(0, 1))
-        return out.view(Lr, -1), shared
+            own = exchange.wait().view(word).view(grid.columns, Lr, -1)
+            out[:, :, part.start * width : part.stop * width].copy_(own.transpose(0, 1))
+        return out.view(kind).view(Lr, -1), shared
 
     def _attended(self, sent: Callable[[], Operands], kind: torch.dtype, grid: Grid) -> Exchange:
         """What was sent, awaited and attended, on its way back."""

@@ -79,11 +79,15 @@ class Refused(ClipError):
     """Guardrails blocked the prompt or the picture of one clip."""
 
 
-def raised_by(rank: int, kind: type[BaseException], text: str) -> CosmosFastError:
-    """What to raise here for what another rank raised: itself if it is of this package, else ClipError naming both."""
-    if issubclass(kind, CosmosFastError):
-        return kind(text)
-    return ClipError(f"rank {rank}: {kind.__name__}: {text}")
+TOLD_CHARACTERS: Final = 8000
+"""Of an error's text, what other ranks are told."""
+
+
+def told_by(rank: int, error: BaseException) -> CosmosFastError:
+    """What the other ranks raise for an error of one: of the nearest class above, or ClipError that names rank and class."""
+    kind = next((kind for kind in type(error).__mro__ if kind.__module__ == __name__), None)
+    text = str(error) if kind is not None else f"rank {rank}: {type(error).__name__}: {error}"
+    return (kind or ClipError)(text[:TOLD_CHARACTERS])
 
 
 def latent_frames(frames: int) -> int:

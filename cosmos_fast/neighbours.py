@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from .formats import ClipError, EnvironmentProblem, raised_by
+from .formats import ClipError, EnvironmentProblem, told_by
 from .inputs import ChunkInputs
 from .parallel import ALONE, Group
 from .peer_memory import host_name
@@ -36,7 +36,6 @@ POLL_S: Final = 0.2
 MESSAGE_BYTES: Final = 1 << 16
 MESSAGE_FILES: Final = 16
 """More than a chunk has arrays: frames, a guide, four controls and their masks."""
-ERROR_CHARACTERS: Final = 8000
 
 
 class News(NamedTuple):
@@ -93,8 +92,9 @@ class Teller(Alone):
 
     def carry(self, chunk: int, read: Callable[[Take], None], take: Take, stop: threading.Event) -> None:
         def told(item: Item) -> bool:
+            is_last = take(item)  # first, whatever becomes of the others
             self._tell(chunk, item)
-            return take(item)
+            return is_last
 
         read(told)
 
@@ -122,9 +122,7 @@ class Teller(Alone):
                 files.append(self.rooms.hand_out(value, self._others))
                 return len(files) - 1, value.shape, value.dtype.str
 
-        told: Any = item
-        if isinstance(item, BaseException):
-            told = _Fault(self._world.rank, type(item), str(item)[:ERROR_CHARACTERS])
+        told = told_by(self._world.rank, item) if isinstance(item, BaseException) else item
         packed = io.BytesIO()
         Pickler(packed).dump((self._clip, chunk, told))
         return packed.getvalue(), files
@@ -166,15 +164,7 @@ class Listener(Alone):
 
         clip, chunk, item = Unpickler(io.BytesIO(message)).load()
         at = float("inf") if chunk is None else chunk
-        return clip, at, raised_by(*item) if isinstance(item, _Fault) else item
-
-
-class _Fault(NamedTuple):
-    """An error on its way."""
-
-    rank: int
-    kind: type[BaseException]
-    text: str
+        return clip, at, item
 
 
 def meet(world: Group) -> Alone:

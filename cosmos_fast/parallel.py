@@ -22,7 +22,7 @@ from torch import Tensor
 from . import peer_memory
 from .copies import Copies
 from .dispatch import pick_device
-from .formats import ClipError, EnvironmentProblem, raised_by
+from .formats import ClipError, EnvironmentProblem, told_by
 from .recipe import Plan
 
 T = TypeVar("T")
@@ -231,13 +231,10 @@ class Group:
             )
 
     def _raise_together(self, error: Exception | None, source: int) -> None:
-        """Raise on every rank what rank `source` caught, as itself there and by its text elsewhere."""
-        told = self.tell(None if error is None else (type(error), str(error)), source)
-        if told is None:
-            return
-        if self.rank == source and error is not None:
-            raise error
-        raise raised_by(source, *told)
+        """Raise on every rank what rank `source` caught, as itself there and as `told_by` says elsewhere."""
+        told = self.tell(None if error is None else told_by(source, error), source)
+        if told is not None:
+            raise error if self.rank == source and error is not None else told
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.handle, rank) if self.handle is not None else rank

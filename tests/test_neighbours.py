@@ -174,6 +174,9 @@ def test_a_chunk_that_one_listener_keeps_is_not_written_over(clip: Path) -> None
 
 
 def test_what_keeps_a_chunk_from_being_read_reaches_all(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(MediaError):
+        pass
+
     read = Source.read
     plan = planned(clip)
     teller, (listener,) = linked(1)
@@ -181,6 +184,7 @@ def test_what_keeps_a_chunk_from_being_read_reaches_all(clip: Path, monkeypatch:
         (MediaError("the file ends early"), MediaError, "^the file ends early$"),
         (KeyError("x"), ClipError, "^rank 0: KeyError: 'x'$"),
         (MediaError("long " * 10**5), MediaError, "^long "),
+        (Own("of a class that no other process has"), MediaError, "^of a class"),
     ):
 
         def fail(

@@ -216,7 +216,11 @@ def test_overlap_counts_no_moment_twice() -> None:
         event("ncclDevKernel_SendRecv", 2500, 3000), event("cudaLaunchKernel", 0, 9000, "cuda_runtime"),
         event("Memcpy", 3100, 3200, "gpu_memcpy"),
     ]  # fmt: skip
-    assert scaling_trace.overlap(events) == {
+    found = scaling_trace.overlap(events)
+    assert [(row["name"], row["count"], row["ms"]) for row in found.pop("kernels")] == [
+        ("ncclDevKernel_SendRecv", 2, 1.5), ("gemm", 1, 1.1), ("attention", 1, 1.0), ("Memcpy", 1, 0.1),
+    ]  # fmt: skip
+    assert found == {
         "compute_ms": 2.1, "attention_ms": 1.0, "communication_ms": 1.5, "hidden_ms": 1.0, "under_attention_ms": 0.5,
         "exposed_ms": 0.5, "idle_ms": 0.6, "span_ms": 3.2,
     }  # fmt: skip

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 Span = tuple[float, float]
 COMMUNICATION = re.compile(r"nccl|Memcpy (PtoP|DtoD)", re.IGNORECASE)
 """Collectives, and copies between devices; one within a device is the way into memory that others read."""
+KERNELS = 20
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -39,11 +40,11 @@ def shared(one: list[Span], other: list[Span]) -> float:
     return length(one) + length(other) - length(union([*one, *other]))
 
 
-def overlap(events: list[dict[str, Any]]) -> dict[str, float]:
+def overlap(events: list[dict[str, Any]]) -> dict[str, Any]:
     """Milliseconds of one call, from a Chrome trace: compute, communication, its hidden and exposed part, idle, span.
 
     attention is part of compute, under_attention of hidden. Communication counts while its kernels run, waiting for the
-    other rank included.
+    other rank included. kernels: those that ran longest in all, beside each other or not.
     """
     ran = [e for e in events if e.get("ph") == "X" and e.get("cat") in ON_DEVICE]
     if not ran:
@@ -60,7 +61,16 @@ def overlap(events: list[dict[str, Any]]) -> dict[str, float]:
         "under_attention_ms": shared(sent, attended),
         "exposed_ms": length(sent) - hidden, "idle_ms": span - length(busy), "span_ms": span,
     }  # fmt: skip
-    return {name: value / 1e3 for name, value in microseconds.items()}
+    found: dict[str, Any] = {name: value / 1e3 for name, value in microseconds.items()}
+    return found | {"kernels": _longest(ran)}
+
+
+def _longest(ran: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    total: dict[str, list[float]] = {}
+    for e in ran:
+        total.setdefault(e["name"], []).append(e["dur"])
+    longest = sorted(total.items(), key=lambda item: -sum(item[1]))[:KERNELS]
+    return [{"name": name[:120], "count": len(took), "ms": sum(took) / 1e3} for name, took in longest]
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
