@@ -13,7 +13,7 @@ from torch import Tensor
 from cosmos_fast import ops_attention8
 from cosmos_fast.config import NetworkConfig
 from cosmos_fast.dispatch import TABLE
-from cosmos_fast.exchange import Exchanged, exact_operands, fp8_attend, fp8_operands
+from cosmos_fast.exchange import PARTS, Exchanged, exact_operands, fp8_attend, fp8_operands
 from cosmos_fast.formats import EnvironmentProblem
 from cosmos_fast.ops import EPS
 from cosmos_fast.parallel import Group, Shard
@@ -48,12 +48,12 @@ def calls(
     yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, shard), None
     for name, pack in candidates("qkv_packed", qkv).items():
         yield f"packed, {name}", partial(pack, own, q_gain, k_gain, *here, group.size, 2, EPS), None
-    for way, ranks in (("", group), ("copies, ", by_copies)):
-        if ranks is not None:
-            for parts in (1, 2, 4):
-                yield f"{way}in {parts} parts", partial(Exchanged(ranks, parts=parts), own, *table, 0), one
+    ways = [("", group, (1, 2, 4)), *([] if by_copies is None else [("copies, ", by_copies, (1, 2, 4, 8))])]
+    for way, ranks, cut in ways:
+        for parts in cut:
+            yield f"{way}in {parts} parts", partial(Exchanged(ranks, parts=parts), own, *table, 0), one
     if by_copies is not None:
-        yield "copies without the hint, in 2 parts", partial(unhinted, by_copies, own, table), one
+        yield f"copies without the hint, in {PARTS} parts", partial(unhinted, by_copies, own, table), one
     try:
         one8 = partial(fp8(qkv.device), qkv, *table, 0)
     except EnvironmentProblem as error:  # no fast library; the same on all ranks, whose machine is one
@@ -66,11 +66,10 @@ def calls(
     moments = pooled()
     for name, pack in candidates("codes_packed", qkv).items():
         yield f"fp8, packed, {name}", partial(pack, *given, *moments, True, group.size, 2, EPS), None
-    for way, ranks in (("", group), ("copies, ", by_copies)):
-        if ranks is not None:
-            for parts in (1, 2, 4):
-                eight = Exchanged(ranks, fp8_operands, fp8_attend, parts)
-                yield f"fp8, {way}in {parts} parts", partial(eight, own, *table, 0), one8
+    for way, ranks, cut in ways:
+        for parts in cut:
+            eight = Exchanged(ranks, fp8_operands, fp8_attend, parts)
+            yield f"fp8, {way}in {parts} parts", partial(eight, own, *table, 0), one8
 
 
 def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
@@ -78,7 +77,7 @@ def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
     peers: Any = group.copies and group.copies.peers
     before, peers.hinted = peers.hinted, False
     try:
-        return Exchanged(group)(own, *table, 0)
+        return Exchanged(group, parts=PARTS)(own, *table, 0)
     finally:
         peers.hinted = before
 
