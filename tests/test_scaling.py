@@ -23,7 +23,15 @@ import scaling_trace  # noqa: E402
 from scaling import Rates, clip_s, exchange_bytes, exchange_s, send_s, step  # noqa: E402
 
 RATES = Rates(
-    attention_s=2.7, product_s=0.45, pointwise_s=0.07, gaps_s=0.002, pair_s=6.26, vae_s=6.0, fixed_s=1.0
+    attention_s=2.7,
+    product_s=0.45,
+    pointwise_s=0.07,
+    gaps_s=0.002,
+    pair_s=6.26,
+    encode_s=2.0,
+    decode_s=4.0,
+    read_s=0.6,
+    fixed_s=1.0,
 )
 
 
@@ -78,6 +86,15 @@ def test_a_step_alone_is_what_was_measured() -> None:
     assert clip_s(1, 1, RATES, guided=False) == pytest.approx(4 * 3.222 + 7.0)
 
 
+def test_strips_of_the_vae_overlap_and_encoding_waits_for_frames() -> None:
+    shares = [scaling.vae_shares(ranks) for ranks in (1, 2, 4, 8, 16)]
+    assert shares[0] == (1.0, 1.0) and all(one > 1 / 2**i for i, row in enumerate(shares) for one in row if i)
+    assert [row[0] for row in shares] == sorted((row[0] for row in shares), reverse=True)
+    assert shares[1] == pytest.approx((0.571, 0.555), abs=1e-3)  # as counted for decision 009
+    left = clip_s(8, 1, RATES) - 35 * step(8, 1, RATES).total_s - RATES.fixed_s
+    assert left == pytest.approx(0.6 + 4.0 * shares[3][1])  # 2.0 * 0.249 is less than reading
+
+
 def test_two_halves_share_nothing_and_exchange_a_velocity() -> None:
     one = step(1, 2, RATES)
     assert one.compute_s == pytest.approx(RATES.call_s - RATES.gaps_s)
@@ -106,12 +123,13 @@ def test_a_record_gives_rates_and_what_was_measured(
         "kind": "scaling", "environment": {"date": "2026-01-01"}, "args": {},
         "trace": {"ours": {"classes_ms": {"attention": 2700, "gemm": 450, "pointwise": 69, "copy": 1}, "idle_ms": 2}},
         "loops": {"one": {"step_s": 6.26}, "context2": {"step_s": 3.2}}, "link": {"all_to_all_gb_s": 400.0},
-        "distilled": {"one": {"seconds": 20.0, "stages": {"text": 0.5, "encode": 2.0, "denoise": 13.0, "decode": 4.0}}},
+        "distilled": {"one": {"seconds": 20.0, "stages": {"text": 0.5, "encode": 2.0, "denoise": 13.0, "decode": 4.0},
+                              "beside_s": {"inputs": 0.7}}},
     }  # fmt: skip
     rates = scaling.rates_of(record)
     assert rates is not None
     assert (rates.attention_s, rates.pointwise_s, rates.link) == (2.7, pytest.approx(0.07), 400.0)
-    assert (rates.vae_s, rates.fixed_s) == (6.0, 0.5)
+    assert (rates.encode_s, rates.decode_s, rates.read_s, rates.fixed_s) == (2.0, 4.0, 0.7, 0.5)
     assert scaling.steps_of(record) == {(True, 1, 1): 6.26, (True, 2, 1): 3.2}
     path = tmp_path / "r.json"
     path.write_text(json.dumps(record))

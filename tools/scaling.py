@@ -13,7 +13,8 @@ Every rank sends, per self-attention, the q, k and v of its tokens to those who 
 back: 4 * b * L * D bytes * (P - 1) / P^2 with P = context and b = 2 bytes a value, 1 where they travel as codes of 8 bits, both
 ways (recipe fp8). The heads go in `parts` pieces, and what is sent while another piece is attended is hidden as
 far as that attention is long enough. Codes need means and steps of all tokens first: 48 bytes a channel from each rank to each,
-which nothing hides. Standard library only.
+which nothing hides. A clip is its steps, and the VAE's strips: each rank computes rows beside its own again, and blocks at latent
+height are not cut. Encoding waits for frames, which one rank reads for all. No torch is needed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cosmos_fast.vae_keys import vae_flops  # noqa: E402
+from cosmos_fast.vae_rows import strip_flops  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 
 TOKENS, WIDTH, ATTENTIONS, SHARED = 84_480, 2_048, 32, 2
@@ -34,6 +41,7 @@ TOKENS, WIDTH, ATTENTIONS, SHARED = 84_480, 2_048, 32, 2
 HEADS, PARTS = 16, 4
 VELOCITY_BYTES = 16 * 24 * 88 * 160 * 4
 BASE_STEPS, DISTILLED_STEPS = 35, 4
+PIXELS = 93, 704, 1280
 LINK_GB_S, NETWORK_GB_S = 350.0, 45.0
 """Assumed where not measured: what NCCL gets of an H100's NVLink in one direction, and of a 400 Gb/s port."""
 HOST = 8
@@ -45,7 +53,7 @@ MOMENT_BYTES = 48 * WIDTH
 class Rates:
     """Seconds on one GPU: of one pass by class, of both passes together, of the clip outside the steps.
 
-    fixed_s: what no rank shares: text, reading, writing. vae_s: encode and decode, which ranks share.
+    encode_s, decode_s: what ranks share, each with a strip of rows. read_s: reading, beside the encode. fixed_s: what no rank shares.
     link, network: GB/s one GPU sends to others of its host and to other hosts, in one direction.
     operand_bytes: of a value of q, k or v on its way, 2 or, as 8-bit codes, 1.
     """
@@ -55,7 +63,9 @@ class Rates:
     pointwise_s: float
     gaps_s: float
     pair_s: float
-    vae_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    read_s: float = 0.0
     fixed_s: float = 0.0
     link: float = LINK_GB_S
     network: float = NETWORK_GB_S
@@ -143,7 +153,21 @@ def clip_s(
     """Seconds of one clip from request to file."""
     count = steps or (BASE_STEPS if guided else DISTILLED_STEPS)
     one = step(context, cfg, rates, guided=guided, host=host)
-    return count * one.total_s + rates.vae_s / (context * cfg) + rates.fixed_s
+    encode, decode = vae_shares(context * cfg)
+    return (
+        count * one.total_s
+        + max(encode * rates.encode_s, rates.read_s)
+        + decode * rates.decode_s
+        + rates.fixed_s
+    )
+
+
+@cache
+def vae_shares(ranks: int) -> tuple[float, float]:
+    """Parts of one GPU's (encode, decode) that the busiest of so many ranks computes."""
+    whole, uncut, cut = vae_flops(*PIXELS), strip_flops(*PIXELS, 1), strip_flops(*PIXELS, ranks)
+    encode, decode = (1 - (u - c / ranks) / w for w, u, c in zip(whole, uncut, cut, strict=True))
+    return encode, decode
 
 
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (16, 1))
@@ -193,11 +217,13 @@ def rates_of(record: dict[str, Any], link: float | None = None, network: float |
     if pair_s is None:
         return None
     classes = trace["ours"]["classes_ms"]
-    stages = record.get("distilled", {}).get("one", {}).get("stages", {})
+    clip = record.get("distilled", {}).get("one", {})
+    stages = clip.get("stages", {})
     return Rates(
         attention_s=classes["attention"] / 1e3, product_s=classes["gemm"] / 1e3,
         pointwise_s=(classes["pointwise"] + classes["copy"]) / 1e3, gaps_s=trace["ours"]["idle_ms"] / 1e3,
-        pair_s=pair_s, vae_s=sum(stages.get(s, 0.0) for s in ("encode", "decode")),
+        pair_s=pair_s, encode_s=stages.get("encode", 0.0), decode_s=stages.get("decode", 0.0),
+        read_s=clip.get("beside_s", {}).get("inputs", 0.0),
         fixed_s=sum(s for name, s in stages.items() if name not in ("encode", "decode", "denoise")),
         link=link or link_of(record) or LINK_GB_S, network=network or NETWORK_GB_S,
     )  # fmt: skip
