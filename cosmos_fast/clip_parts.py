@@ -32,6 +32,7 @@ class Part:
     """What one chunk adds to the finished clip, at model size.
 
     Shapes: frames, source and each control (F, H, W, 3) uint8; masks (F, H, W) bool; guided (F, H, W) float.
+    All but `frames` may be the memory of other ranks as well: read it, copy what is to be changed.
     """
 
     chunk: Chunk

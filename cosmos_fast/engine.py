@@ -263,7 +263,8 @@ class Engine:
         shared = None if tail is None or count == 0 else tail[:1]
         height, width = clip.model_size[::-1]
         whole = (chunk.length, height, width)
-        lit = [name for name in names if reading.is_lit(name)]
+        # Told: an error must not reach ranks at different places.
+        lit = self.mesh.world.first(lambda: [name for name in names if reading.is_lit(name)])
         most = self.plan.vae_encode_batch
         batches = [
             [partial(reading.control, name) for name in lit[first : first + most]]

@@ -79,6 +79,10 @@ class Refused(ClipError):
     """Guardrails blocked the prompt or the picture of one clip."""
 
 
+class GivenUp(ClipError):
+    """A rank on which this one depends gave the clip up, or is gone. Why is for that rank to tell."""
+
+
 TOLD_CHARACTERS: Final = 8000
 """Of an error's text, what other ranks are told."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import peer_memory
 from .copies import Copies
 from .dispatch import pick_device
-from .formats import ClipError, EnvironmentProblem, told_by
+from .formats import ClipError, EnvironmentProblem, GivenUp, told_by
 from .recipe import Plan
 
 T = TypeVar("T")
@@ -206,6 +206,8 @@ class Group:
             if turn % self.size == self.rank and error is None:
                 try:
                     mine[i] = jobs[i]()  # type: ignore[misc]
+                except GivenUp:  # who would be told is not there
+                    raise
                 except Exception as caught:
                     error = caught
         for source in range(min(self.size, len(wanted))):

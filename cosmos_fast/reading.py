@@ -15,7 +15,7 @@ import numpy as np
 
 from .chunking import Chunk, is_black
 from .inputs import ChunkInputs, ClipInputs
-from .neighbours import Alone, Item, News, Take
+from .neighbours import Item, Neighbours, News, Take
 from .stages import Stages
 from .worker import Worker
 
@@ -128,16 +128,15 @@ class Reader:
         open_inputs: Callable[[], ClipInputs],
         chunks: Sequence[Chunk],
         stages: Stages,
-        neighbours: Alone | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
-        self._open, self._stages, self._neighbours = open_inputs, stages, neighbours or Alone()
+        self._open, self._stages = open_inputs, stages
         self._inputs: ClipInputs | None = None
         self._readings, self._last = [Reading(chunk) for chunk in chunks], chunks[-1]
         self._stop = threading.Event()
-        self._neighbours.begin()
+        self._channel = (neighbours or Neighbours()).begin()
         self._worker = Worker(self._read, len(chunks), "reader")
-        for reading in self._readings[:1]:
-            self._worker.put(reading)
+        self._worker.put(self._readings[0])
 
     def __iter__(self) -> Iterator[Reading]:
         readings, self._readings = self._readings, []  # a chunk's frames go when its user drops them
@@ -149,7 +148,7 @@ class Reader:
     def _read(self, reading: Reading) -> None:
         with self._stages.beside("inputs"):
             read = partial(reading.read, self._opened, self._stop)
-            self._neighbours.carry(reading.chunk.index, read, reading.take, self._stop)
+            self._channel.carry(reading.chunk.index, read, reading.take, self._stop)
             if reading.chunk == self._last:
                 self._close()  # its threads and memory go while others work
 
@@ -168,6 +167,8 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._worker.__exit__(kind, error, trace)
-        self._close()
-        self._neighbours.end()
+        try:
+            self._worker.__exit__(kind, error, trace)
+            self._close()
+        finally:
+            self._channel.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,14 +25,16 @@ class Rooms:
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
+        self._taking = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
-        """An array with anything in it. One thread takes; any may drop."""
+        """An array with anything in it. Any thread may take, and drop."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = self._used(size)
-        if memory is None:
-            self._free = {}
-            memory = self._new(size)
+        with self._taking:
+            memory = self._used(size)
+            if memory is None:
+                self._free = {}
+                memory = self._new(size)
         return room_in(memory, shape, dtype, partial(self._back, size, memory))
 
     def _new(self, size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import torch
 from torch.distributed import PrefixStore, Store
 
 from .clip_plan import ClipPlan
-from .formats import ClipError, CosmosFastError
+from .formats import ClipError, CosmosFastError, GivenUp
 from .launch import die_with_parent
 from .layout import Layout
 from .motion import Motion, place
@@ -263,7 +263,7 @@ class Team(Solo):
         self._begin(clip)
         try:
             yield
-        except Halted:
+        except (Halted, GivenUp):  # the leader tells why
             pass
         except (
             Exception

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +26,13 @@ from system import CHUNK, ROOT, clip_of, open_engine, request
 
 from cosmos_fast import neighbours, reading
 from cosmos_fast.clip_plan import ClipPlan
-from cosmos_fast.formats import ClipError, EnvironmentProblem, MediaError
+from cosmos_fast.controls import WORKERS
+from cosmos_fast.formats import ClipError, EnvironmentProblem, GivenUp, MediaError
 from cosmos_fast.inputs import ChunkInputs, ClipInputs
-from cosmos_fast.neighbours import Alone, Listener, News, Teller
+from cosmos_fast.neighbours import First, Neighbours, News, Other
 from cosmos_fast.parallel import Mesh
 from cosmos_fast.planning import preflight
-from cosmos_fast.reading import Reader
+from cosmos_fast.reading import Reader, Reading
 from cosmos_fast.recipe import Plan
 from cosmos_fast.rooms import SharedRooms, mapped
 from cosmos_fast.stages import Stages
@@ -101,18 +104,30 @@ def test_files_of_memory_go_with_it() -> None:
 # --- one who tells and two who listen, in this process ---
 
 
-def linked(count: int) -> tuple[Teller, list[Listener]]:
+def linked(count: int) -> tuple[First, list[Other]]:
     world: Any = SimpleNamespace(rank=0, tell=lambda value: value)
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(count)]
-    for here, there in pairs:
-        here.settimeout(neighbours.SEND_S)
-        there.settimeout(0.02)
-    teller = Teller(world, (), {user: pair[0] for user, pair in enumerate(pairs)}, count)
-    return teller, [Listener(world, (), pair[1], user) for user, pair in enumerate(pairs)]
+    for pair in pairs:
+        pair[1].settimeout(WAIT_S)
+    first = First(world, (), SharedRooms(count), {user: pair[0] for user, pair in enumerate(pairs)})
+    return first, [Other(world, (), pair[1], user) for user, pair in enumerate(pairs)]
 
 
 def never() -> ClipInputs:
     raise AssertionError("a rank that listens opened files")
+
+
+def telling(first: First, plan: ClipPlan) -> Reader:
+    return Reader(lambda: ClipInputs(plan, rooms=first.rooms), plan.chunks, Stages(CPU), first)
+
+
+def hearing(other: Other, plan: ClipPlan) -> Reader:
+    return Reader(never, plan.chunks, Stages(CPU), other)
+
+
+def same(here: Iterable[Reading], there: Iterable[Reading]) -> bool:
+    pairs = [(own.whole(), heard.whole()) for own, heard in zip(here, there, strict=True)]
+    return all(np.array_equal(own.frames, heard.frames) for own, heard in pairs)
 
 
 def test_who_listens_sees_what_was_read(clip: Path, tmp_path: Path) -> None:
@@ -125,11 +140,11 @@ def test_who_listens_sees_what_was_read(clip: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     with ClipInputs(plan) as inputs:
         expected = [inputs.read(chunk) for chunk in plan.chunks]
-    teller, listeners = linked(2)
+    first, others = linked(2)
     for _ in range(2):  # clips
         readers = [
-            Reader(lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller),
-            *(Reader(never, plan.chunks, Stages(CPU), listener) for listener in listeners),
+            telling(first, plan),
+            *(hearing(other, plan) for other in others),
         ]
         for number, each in enumerate(zip(*readers, strict=True)):
             wanted = expected[number]
@@ -152,17 +167,14 @@ def test_who_listens_sees_what_was_read(clip: Path, tmp_path: Path) -> None:
             reader.__exit__(None, None, None)
 
 
-def test_a_chunk_that_one_listener_keeps_is_not_written_over(clip: Path) -> None:
+def test_a_chunk_that_one_rank_keeps_is_not_written_over(clip: Path) -> None:
     plan = planned(clip)
-    teller, (first, second) = linked(2)
+    first, others = linked(2)
     with ClipInputs(plan) as inputs:
         expected = inputs.read(plan.chunks[0]).frames.copy()
     kept = []
     for turn in range(3):
-        readers = [
-            Reader(lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller),
-            *(Reader(never, plan.chunks, Stages(CPU), listener) for listener in (first, second)),
-        ]
+        readers = [telling(first, plan), *(hearing(other, plan) for other in others)]
         for reader in readers:
             wholes = [one.whole() for one in reader]
             if turn == 0 and reader is readers[1]:
@@ -173,13 +185,39 @@ def test_a_chunk_that_one_listener_keeps_is_not_written_over(clip: Path) -> None
         assert np.array_equal(kept[0], expected[2:])
 
 
+def test_clips_read_at_once_do_not_mix(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is left in its middle, and ends when the second has begun; a third is read beside the second."""
+    monkeypatch.setattr(reading, "WINDOW", 1)
+    plan, backwards = planned(clip), planned(clip, vis={}, max_frames=CHUNK)
+    first, (other,) = linked(1)
+    old = telling(first, plan), hearing(other, plan)
+    assert same([next(iter(old[0]))], [next(iter(old[1]))])
+    new = telling(first, backwards), hearing(other, backwards)
+    for reader in old:
+        reader.__exit__(None, None, None)
+    last = telling(first, plan), hearing(other, plan)
+    assert same(last[0], last[1]) and same(new[0], new[1])
+    for reader in (*new, *last):
+        reader.__exit__(None, None, None)
+
+
+def test_a_rank_that_never_came_to_a_clip_hears_of_the_next(clip: Path) -> None:
+    plan = planned(clip)
+    first, (other,) = linked(1)
+    with telling(first, plan) as here:
+        next(iter(here)).whole()
+    other._clip += 1
+    with telling(first, plan) as here, hearing(other, plan) as there:
+        assert same(here, there)
+
+
 def test_what_keeps_a_chunk_from_being_read_reaches_all(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(MediaError):
         pass
 
     read = Source.read
     plan = planned(clip)
-    teller, (listener,) = linked(1)
+    first, (other,) = linked(1)
     for fault, wanted, match in (
         (MediaError("the file ends early"), MediaError, "^the file ends early$"),
         (KeyError("x"), ClipError, "^rank 0: KeyError: 'x'$"),
@@ -195,36 +233,26 @@ def test_what_keeps_a_chunk_from_being_read_reaches_all(clip: Path, monkeypatch:
             return read(self, start, stop, out)
 
         monkeypatch.setattr(Source, "read", fail)
-        with (
-            Reader(lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller) as here,
-            Reader(never, plan.chunks, Stages(CPU), listener) as there,
-        ):
+        with telling(first, plan) as here, hearing(other, plan) as there:
             own, heard = iter(here), iter(there)
-            assert np.array_equal(next(own).whole().frames, next(heard).whole().frames)
+            assert same([next(own)], [next(heard)])
             with pytest.raises(type(fault)):
                 next(own).whole()
             with pytest.raises(wanted, match=match):
                 next(heard).whole()
     monkeypatch.setattr(Source, "read", read)
-    with (  # what the failed clips left in the socket is passed over
-        Reader(lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller) as here,
-        Reader(never, plan.chunks, Stages(CPU), listener) as there,
-    ):
-        for own_chunk, heard_chunk in zip(here, there, strict=True):
-            assert np.array_equal(own_chunk.whole().frames, heard_chunk.whole().frames)
+    with telling(first, plan) as here, hearing(other, plan) as there:
+        assert same(here, there)
 
 
 def test_files_that_cannot_be_opened_reach_all(clip: Path) -> None:
     plan = planned(clip)
-    teller, (listener,) = linked(1)
+    first, (other,) = linked(1)
 
     def gone() -> ClipInputs:
         raise EnvironmentProblem("disk: is gone")
 
-    with (
-        Reader(gone, plan.chunks, Stages(CPU), teller) as here,
-        Reader(never, plan.chunks, Stages(CPU), listener) as there,
-    ):
+    with Reader(gone, plan.chunks, Stages(CPU), first) as here, hearing(other, plan) as there:
         for reader in (here, there):
             with pytest.raises(EnvironmentProblem, match="disk: is gone"):
                 next(iter(reader)).whole()
@@ -233,7 +261,7 @@ def test_files_that_cannot_be_opened_reach_all(clip: Path) -> None:
 def test_who_waits_hears_that_the_clip_was_given_up(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "WINDOW", 1)
     plan, held = planned(clip), threading.Event()
-    teller, (listener,) = linked(1)
+    first, (other,) = linked(1)
     read = Source.read
 
     def slow(self: Source, start: int, stop: int, out: Any = None) -> np.ndarray:
@@ -242,81 +270,145 @@ def test_who_waits_hears_that_the_clip_was_given_up(clip: Path, monkeypatch: pyt
         return read(self, start, stop, out)
 
     monkeypatch.setattr(Source, "read", slow)
-    with Reader(never, plan.chunks, Stages(CPU), listener) as there:
+    left = telling(first, plan)
+    with hearing(other, plan) as there:
         heard = next(iter(there))
 
         def give_up() -> None:
-            with pytest.raises(KeyError), Reader(
-                lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller
-            ):  # fmt: skip
+            with pytest.raises(KeyError), left:
                 heard.frames(0, 1)
                 threading.Timer(0.1, held.set).start()
                 raise KeyError
 
         thread = threading.Thread(target=give_up)
         thread.start()
-        with pytest.raises(ClipError, match="rank 0 must go on to the end, it gave up"):
+        with pytest.raises(GivenUp, match="must go on to its end, it gave up or is gone"):
             heard.whole()
         thread.join(WAIT_S)
     monkeypatch.setattr(Source, "read", read)
-    with (
-        Reader(lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller) as here,
-        Reader(never, plan.chunks, Stages(CPU), listener) as there,
-    ):
-        assert np.array_equal(next(iter(here)).whole().frames, next(iter(there)).whole().frames)
+    with telling(first, plan) as here, hearing(other, plan) as there:
+        assert same(here, there)
 
 
 def test_who_stops_listening_does_not_wait_for_more(clip: Path) -> None:
     plan = planned(clip)
-    _, (listener,) = linked(1)
+    first, (other,) = linked(1)
+    first.begin()
     start = time.monotonic()
-    with pytest.raises(KeyError), Reader(never, plan.chunks, Stages(CPU), listener):
+    with pytest.raises(KeyError), hearing(other, plan):
         raise KeyError
     assert time.monotonic() - start < WAIT_S / 4
 
 
-def test_a_reader_that_is_gone_ends_the_clip(clip: Path) -> None:
+def test_a_rank_that_is_gone_ends_the_next_clip(clip: Path) -> None:
+    first, (other,) = linked(1)
+    for end in first._others.values():
+        end.close()
+    with pytest.raises(GivenUp):
+        hearing(other, planned(clip))
+
+
+def test_ranks_that_are_gone_or_leave_a_clip_keep_nobody(clip: Path) -> None:
     plan = planned(clip)
-    teller, (listener,) = linked(1)
-    for other in teller._others.values():
-        other.close()
-    with Reader(never, plan.chunks, Stages(CPU), listener) as there:
-        with pytest.raises(ClipError, match="must live to its end, it is gone"):
+    first, (gone, leaves, well) = linked(3)
+    gone._first.close()
+    with telling(first, plan) as here, hearing(well, plan) as there:
+        with pytest.raises(KeyError), hearing(leaves, plan):
+            raise KeyError
+        assert same(here, there)
+    with telling(first, plan) as here, hearing(leaves, plan) as there, hearing(well, plan) as other:
+        assert same(here, there)
+        assert other._channel is not there._channel
+
+
+def test_a_rank_that_is_late_misses_nothing() -> None:
+    """More messages than its socket holds wait for it, and so does who reads."""
+    first, (other,) = linked(1)
+    channel, there, stop = first.begin(), other.begin(), threading.Event()
+    news, held = [News((), (), n, n) for n in range(1, 400)], []
+
+    def read(tell: Any) -> None:
+        for item in news:
+            tell(item)
+
+    thread = threading.Thread(target=channel.carry, args=(0, read, lambda item: False, stop))
+    thread.start()
+    thread.join(2 * neighbours.POLL_S)
+    assert thread.is_alive()
+    there.carry(0, never, lambda item: held.append(item) or len(held) == len(news), stop)
+    thread.join(WAIT_S)
+    assert held == news and not thread.is_alive()
+    thread = threading.Thread(target=channel.carry, args=(1, read, lambda item: False, stop))
+    thread.start()
+    stop.set()  # who gives up reading does not wait for it; it hears no later news without those between
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    held.clear()
+    there.carry(1, never, lambda item: held.append(item) or isinstance(item, GivenUp), threading.Event())
+    assert 0 < len(held) < len(news) and held[:-1] == news[: len(held) - 1]
+
+
+def test_what_cannot_be_mapped_costs_the_clip_and_no_files(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(clip, max_frames=CHUNK, vis={})
+    first, (other,) = linked(1)
+    with telling(first, plan) as here, hearing(other, plan) as there:
+        assert same(here, there)
+    gc.collect()
+    before = descriptors()
+
+    def full(*_: Any) -> np.ndarray:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(neighbours, "mapped", full)
+    for _ in range(3):
+        with telling(first, plan) as here, hearing(other, plan) as there:
+            next(iter(here)).whole()
+            with pytest.raises(OSError, match="Cannot allocate"):
+                next(iter(there)).whole()
+    gc.collect()
+    assert descriptors() <= before + 3  # `full` closed none of those it was given
+    monkeypatch.undo()
+    monkeypatch.setattr(neighbours, "MESSAGE_FILES", 1)  # as where this process may have no more
+    with telling(first, plan) as here, hearing(other, plan) as there:
+        next(iter(here)).whole()
+        with pytest.raises(EnvironmentProblem, match="ulimit"):
             next(iter(there)).whole()
 
 
-def test_a_listener_that_is_gone_or_stuck_keeps_nobody(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = planned(clip)
-    teller, (gone, stuck, well) = linked(3)
-    gone._first.close()
-    teller._others[1].settimeout(0.05)
-    try:
-        while True:
-            teller._others[1].send(b"x" * 60000)
-    except TimeoutError:
-        pass
-    with (
-        Reader(lambda: ClipInputs(plan, rooms=teller.rooms), plan.chunks, Stages(CPU), teller) as here,
-        Reader(never, plan.chunks, Stages(CPU), well) as there,
-    ):
-        for own, heard in zip(here, there, strict=True):
-            assert np.array_equal(own.whole().frames, heard.whole().frames)
-    assert list(teller._others) == [2]
+def test_nothing_is_left_of_clips_and_of_an_engine(clip: Path) -> None:
+    plan = planned(clip, max_frames=CHUNK)
+    gc.collect()
+    before, threads, after = descriptors(), threading.active_count(), []
+    first, (other,) = linked(1)
+    for _ in range(4):
+        with telling(first, plan) as here, hearing(other, plan) as there:
+            assert same(here, there)
+        del here, there
+        gc.collect()
+        after.append(descriptors())
+    assert len(set(after)) == 1
+    gone = weakref.ref(first.rooms)
+    del first, other
+    gc.collect()
+    assert gone() is None and descriptors() == before and threading.active_count() <= threads + WORKERS
 
 
 def test_a_message_of_the_most_arrays_fits() -> None:
-    teller, (listener,) = linked(1)
+    first, (other,) = linked(1)
     names = ("edge", "vis", "depth", "seg")
-    take = teller.rooms.take
+    take = first.rooms.take
     given = ChunkInputs(
         take((2, 2, 2, 3), np.uint8), {n: take((2, 2, 2, 3), np.uint8) for n in names},
         {n: take((2, 2, 2), np.bool_) for n in names}, take((2, 2, 2), np.float32),
     )  # fmt: skip
-    teller._tell(0, given)
-    teller._tell(0, News(names, names, 93, 93, 93))
-    heard = listener._hear()
-    assert heard is not None and isinstance(heard[2], ChunkInputs) and heard[2].guided.dtype == np.float32
-    assert listener._hear() == (0, 0, News(names, names, 93, 93, 93)) and listener._hear() is None
+    stop, held = threading.Event(), []
+    channel, there = first.begin(), other.begin()
+    news = News(names, names, 93, 93, 93)
+    channel.carry(0, lambda tell: (tell(given), tell(news)), lambda item: False, stop)  # type: ignore[arg-type, return-value]
+    there.carry(0, never, lambda item: held.append(item) or item == news, stop)  # type: ignore[arg-type, func-returns-value]
+    assert held[0].guided.dtype == np.float32 and held[0].masks.keys() == set(names) and held[1] == news
 
 
 # --- ranks ---
@@ -330,9 +422,11 @@ def read_by_ranks(video: Path, bad_door: str | None) -> tuple[str, tuple[str, ..
     size = int(os.environ["WORLD_SIZE"])
     mesh = Mesh.open(Plan(device="cpu", context=size), timeout_s=60)
     if bad_door == "closed":
-        neighbours._door = lambda: (None, "sockets must open, got none")  # type: ignore[assignment]
+        neighbours._opened = lambda: (None, "sockets must open, got none")  # type: ignore[assignment]
     if bad_door == "foreign" and mesh.ranks.rank == 1:
         neighbours._is_ours = lambda other: False  # type: ignore[assignment]
+    if bad_door == "memory" and mesh.ranks.rank == 1:  # files arrive, but may not be mapped
+        neighbours.mapped = lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied"))  # type: ignore[assignment]
     if bad_door == "hosts":  # two hosts of two ranks
         neighbours.host_name = lambda: f"host {mesh.ranks.rank // 2}"  # type: ignore[assignment]
     met = neighbours.meet(mesh.world)
@@ -348,10 +442,11 @@ def read_by_ranks(video: Path, bad_door: str | None) -> tuple[str, tuple[str, ..
 @pytest.mark.parametrize(
     "size, bad_door, kinds, files, note",
     [
-        (3, None, ["Teller", "Listener", "Listener"], [2, 0, 0], None),
-        (2, "closed", ["Alone", "Alone"], [2, 2], "reading: rank 1 reads for itself: sockets must open, got none."),
-        (3, "foreign", ["Teller", "Alone", "Listener"], [2, 2, 0], "reading: rank 1 .* same user, got another"),
-        (4, "hosts", ["Teller", "Listener"] * 2, [2, 0, 2, 0], None),
+        (3, None, ["First", "Other", "Other"], [2, 0, 0], None),
+        (2, "closed", ["Neighbours", "Neighbours"], [2, 2], "reading: rank 1 reads for itself: sockets must open, got none."),
+        (3, "foreign", ["First", "Neighbours", "Other"], [2, 2, 0], "reading: rank 1 .* same user, got another"),
+        (3, "memory", ["First", "Neighbours", "Other"], [2, 2, 0], "reading: rank 1 .* process to process, got PermissionError"),
+        (4, "hosts", ["First", "Other"] * 2, [2, 0, 2, 0], None),
     ],
 )  # fmt: skip
 def test_ranks_of_one_host_read_once(
@@ -368,7 +463,7 @@ def test_ranks_of_one_host_read_once(
 
 
 def test_one_rank_shares_with_nobody(models: Path) -> None:
-    assert type(open_engine(models, "edge")._neighbours) is Alone
+    assert type(open_engine(models, "edge")._neighbours) is Neighbours
 
 
 def test_the_bench_runs(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import socket
 import sys
 import tempfile
@@ -56,7 +57,7 @@ def rank(number: int, size: int, port: int, clip: Path, smoke: bool, rounds: int
     plan = preflight([asked], "edge", chunk_lengths=(length, 1)).clips[0]
     rows = plan.model_size[1] // size
     mine = slice(number * rows, (number + 1) * rows)
-    ways = {"own": neighbours.Alone(mesh.world), "shared": neighbours.meet(mesh.world)}
+    ways = {"own": neighbours.Neighbours(mesh.world), "shared": neighbours.meet(mesh.world)}
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for turn in range(rounds + 1):
         for way in ways if turn % 2 else reversed(ways):
@@ -95,8 +96,16 @@ def measure(size: int, clip: Path, smoke: bool, rounds: int) -> dict[str, Any]:
     ]
     for process in processes:
         process.start()
+    found, until = None, time.monotonic() + LIMIT_S
     try:
-        found = results.get(timeout=LIMIT_S)
+        while found is None:
+            try:
+                found = results.get(timeout=1)
+            except queue.Empty:
+                if time.monotonic() > until or any(process.exitcode for process in processes):
+                    raise SystemExit(
+                        f"bench_reading: {size} ranks: one failed, or took over {LIMIT_S:.0f} s"
+                    ) from None
     finally:
         for process in processes:
             process.join(10)
