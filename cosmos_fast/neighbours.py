@@ -97,16 +97,8 @@ class Telling(Channel):
         pickler = _Pickler(packed, self._rooms, self._others)
         pickler.dump((chunk, told))
         for user, other in list(self._others.items()):
-            while True:
-                try:
-                    socket.send_fds(other, [packed.getvalue()], pickler.files)
-                    break
-                except OSError as error:
-                    # It is late, and has more to hear than its socket holds; or it has left the clip, or is left with it.
-                    if isinstance(error, TimeoutError) and not stop.is_set():
-                        continue
-                    self._others.pop(user).close()
-                    break
+            if not _sent(other, packed.getvalue(), pickler.files, stop):
+                self._others.pop(user).close()
 
 
 class Hearing(Channel):
@@ -173,6 +165,19 @@ class _Unpickler(pickle.Unpickler):
             )
         shape, dtype = place
         return mapped(self.left.pop(0), shape, dtype, self._user)
+
+
+def _sent(other: socket.socket, message: bytes, files: list[int], stop: threading.Event) -> bool:
+    """Whether it went out: not where the other has left the clip, or is so late that its socket is full when that ends here."""
+    while True:
+        try:
+            socket.send_fds(other, [message], files)
+            return True
+        except TimeoutError:
+            if stop.is_set():
+                return False
+        except OSError:
+            return False
 
 
 def _received(other: socket.socket) -> tuple[bytes, list[int]]:

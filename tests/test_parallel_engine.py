@@ -76,6 +76,23 @@ def test_ranks_make_the_clip_that_one_makes(
     assert gap.max() <= CODES and (gap == 0).mean() > EQUAL, (gap.max(), (gap == 0).mean())
 
 
+def beside(models: Path, clip: Path) -> tuple[list[str], list[str]]:
+    """Digests of a clip's parts: of a stream left in its middle while the next one has begun, and of that."""
+    engine = open_engine(models, "edge", plan=Plan(device="cpu", context=2))
+    try:
+        streams = [engine.stream(request(clip, max_frames=9)) for _ in range(2)]
+        left, whole = ([hashlib.sha256(next(stream).frames).hexdigest()] for stream in streams)
+        streams[0].close()  # type: ignore[attr-defined]
+        return left, whole + [hashlib.sha256(part.frames).hexdigest() for part in streams[1]]
+    finally:
+        engine.mesh.close()
+
+
+def test_a_stream_left_in_its_middle_does_not_touch_the_next(models: Path, clip: Path) -> None:
+    first, second = ranks.run(2, beside, models, clip)
+    assert first == second and first[0] == first[1][:1] and len(set(first[1])) == 2
+
+
 # --- the VAE alone ---------------------------------------------------------------------------------
 
 
