@@ -265,10 +265,10 @@ def meet(world: Group) -> Neighbours:
     first, others, rooms = None, {}, None
     if place > 0:
         first, why = _entered(*addresses[here[0]], place - 1)
-    waiting = sum(reason is None for reason in (world.hear(why)[rank] for rank in here[1:]))
+    outside = world.hear(why)
     if door is not None:
         with door:
-            others, rooms = _let_in(door, waiting), SharedRooms(users)
+            others, rooms = _let_in(door, sum(outside[rank] is None for rank in here[1:])), SharedRooms(users)
         _prove(others, rooms)
     if first is not None:
         why = _seen(first, place - 1)

@@ -427,7 +427,7 @@ def read_by_ranks(video: Path, bad_door: str | None) -> tuple[str, tuple[str, ..
         neighbours._is_ours = lambda other: False  # type: ignore[assignment]
     if bad_door == "memory" and mesh.ranks.rank == 1:  # files arrive, but may not be mapped
         neighbours.mapped = lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied"))  # type: ignore[assignment]
-    if bad_door == "hosts":  # two hosts of two ranks
+    if bad_door == "hosts":  # of two ranks each, the last of what is left
         neighbours.host_name = lambda: f"host {mesh.ranks.rank // 2}"  # type: ignore[assignment]
     met = neighbours.meet(mesh.world)
     plan, sums = planned(video), []
@@ -447,6 +447,7 @@ def read_by_ranks(video: Path, bad_door: str | None) -> tuple[str, tuple[str, ..
         (3, "foreign", ["First", "Neighbours", "Other"], [2, 2, 0], "reading: rank 1 .* same user, got another"),
         (3, "memory", ["First", "Neighbours", "Other"], [2, 2, 0], "reading: rank 1 .* process to process, got PermissionError"),
         (4, "hosts", ["First", "Other"] * 2, [2, 0, 2, 0], None),
+        (3, "hosts", ["First", "Other", "Neighbours"], [2, 0, 2], None),
     ],
 )  # fmt: skip
 def test_ranks_of_one_host_read_once(
