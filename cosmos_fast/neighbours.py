@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -227,11 +228,8 @@ class First(Neighbours):
             end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             end.settimeout(POLL_S)
             ends[user] = end
-            with theirs:
-                try:
-                    socket.send_fds(other, [b"%d" % self._clip], [theirs.fileno()])
-                except OSError:  # gone: what becomes of its group is seen to elsewhere
-                    continue
+            with theirs, suppress(OSError):  # gone: what becomes of its group is seen to elsewhere
+                socket.send_fds(other, [b"%d" % self._clip], [theirs.fileno()])
         return Telling(self._world.rank, self.rooms, ends)
 
 
@@ -274,7 +272,9 @@ def meet(world: Group) -> Neighbours:
         why = _seen(first, place - 1)
     reasons = world.hear(why)
     notes = tuple(
-        f"reading: rank {r} reads for itself: {why}." for r, why in enumerate(reasons) if why is not None
+        f"reading: rank {rank} reads for itself: {reason}."
+        for rank, reason in enumerate(reasons)
+        if reason is not None
     )
     if first is not None and why is None:
         first.settimeout(None)

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,11 @@ def same(here: Iterable[Reading], there: Iterable[Reading]) -> bool:
     return all(np.array_equal(own.frames, heard.frames) for own, heard in pairs)
 
 
+def is_heard_whole(first: First, other: Other, plan: ClipPlan) -> bool:
+    with telling(first, plan) as here, hearing(other, plan) as there:
+        return same(here, there)
+
+
 def test_who_listens_sees_what_was_read(clip: Path, tmp_path: Path) -> None:
     mask = np.zeros((2 * CHUNK, 64, 64, 3), np.uint8)
     mask[:, :, 32:] = 255
@@ -142,29 +148,22 @@ def test_who_listens_sees_what_was_read(clip: Path, tmp_path: Path) -> None:
         expected = [inputs.read(chunk) for chunk in plan.chunks]
     first, others = linked(2)
     for _ in range(2):  # clips
-        readers = [
-            telling(first, plan),
-            *(hearing(other, plan) for other in others),
-        ]
-        for number, each in enumerate(zip(*readers, strict=True)):
-            wanted = expected[number]
-            for one in each:
-                assert np.array_equal(one.frames(1, 3), wanted.frames[1:3])
-                assert np.array_equal(one.control("vis", 0, 2), wanted.controls["vis"][:2])
-                assert [one.is_lit(name) for name in ("edge", "depth", "vis", "seg")] == [
-                    True,
-                    False,
-                    True,
-                    False,
-                ]
-                given = one.whole()
-                assert isinstance(given, ChunkInputs) and given.controls.keys() == wanted.controls.keys()
-                for name, control in wanted.controls.items():
-                    assert np.array_equal(given.controls[name], control)
-                assert np.array_equal(given.masks["edge"], wanted.masks["edge"])
-                assert np.array_equal(given.guided, wanted.guided)  # type: ignore[arg-type]
-        for reader in readers:
-            reader.__exit__(None, None, None)
+        with ExitStack() as stack:
+            readers = [telling(first, plan), *(hearing(other, plan) for other in others)]
+            for reader in readers:
+                stack.enter_context(reader)
+            for wanted, *each in zip(expected, *readers, strict=True):
+                for one in each:
+                    assert np.array_equal(one.frames(1, 3), wanted.frames[1:3])
+                    assert np.array_equal(one.control("vis", 0, 2), wanted.controls["vis"][:2])
+                    lit = {name: one.is_lit(name) for name in ("edge", "depth", "vis", "seg")}
+                    assert lit == {"edge": True, "depth": False, "vis": True, "seg": False}
+                    given = one.whole()
+                    assert isinstance(given, ChunkInputs) and given.controls.keys() == wanted.controls.keys()
+                    for name, control in wanted.controls.items():
+                        assert np.array_equal(given.controls[name], control)
+                    assert np.array_equal(given.masks["edge"], wanted.masks["edge"])
+                    assert np.array_equal(given.guided, wanted.guided)  # type: ignore[arg-type]
 
 
 def test_a_chunk_that_one_rank_keeps_is_not_written_over(clip: Path) -> None:
@@ -174,31 +173,32 @@ def test_a_chunk_that_one_rank_keeps_is_not_written_over(clip: Path) -> None:
         expected = inputs.read(plan.chunks[0]).frames.copy()
     kept = []
     for turn in range(3):
-        readers = [telling(first, plan), *(hearing(other, plan) for other in others)]
-        for reader in readers:
-            wholes = [one.whole() for one in reader]
-            if turn == 0 and reader is readers[1]:
-                kept.append(wholes[0].frames[2:])
-            del wholes
-        for reader in readers:
-            reader.__exit__(None, None, None)
+        with (
+            telling(first, plan) as here,
+            hearing(others[0], plan) as keeps,
+            hearing(others[1], plan) as there,
+        ):
+            for reader in (here, keeps, there):
+                wholes = [one.whole() for one in reader]
+                if turn == 0 and reader is keeps:
+                    kept.append(wholes[0].frames[2:])
+                del wholes
         assert np.array_equal(kept[0], expected[2:])
 
 
 def test_clips_read_at_once_do_not_mix(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is left in its middle, and ends when the second has begun; a third is read beside the second."""
     monkeypatch.setattr(reading, "WINDOW", 1)
-    plan, backwards = planned(clip), planned(clip, vis={}, max_frames=CHUNK)
+    plan, short = planned(clip), planned(clip, vis={}, max_frames=CHUNK)
     first, (other,) = linked(1)
-    old = telling(first, plan), hearing(other, plan)
-    assert same([next(iter(old[0]))], [next(iter(old[1]))])
-    new = telling(first, backwards), hearing(other, backwards)
-    for reader in old:
-        reader.__exit__(None, None, None)
-    last = telling(first, plan), hearing(other, plan)
-    assert same(last[0], last[1]) and same(new[0], new[1])
-    for reader in (*new, *last):
-        reader.__exit__(None, None, None)
+    with ExitStack() as left:
+        old = telling(first, plan), hearing(other, plan)
+        for reader in old:
+            left.enter_context(reader)
+        assert same([next(iter(old[0]))], [next(iter(old[1]))])
+        begun = telling(first, short), hearing(other, short)
+    with begun[0], begun[1], telling(first, plan) as here, hearing(other, plan) as there:
+        assert same(here, there) and same(*begun)
 
 
 def test_a_rank_that_never_came_to_a_clip_hears_of_the_next(clip: Path) -> None:
@@ -207,8 +207,7 @@ def test_a_rank_that_never_came_to_a_clip_hears_of_the_next(clip: Path) -> None:
     with telling(first, plan) as here:
         next(iter(here)).whole()
     other._clip += 1
-    with telling(first, plan) as here, hearing(other, plan) as there:
-        assert same(here, there)
+    assert is_heard_whole(first, other, plan)
 
 
 def test_what_keeps_a_chunk_from_being_read_reaches_all(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +240,7 @@ def test_what_keeps_a_chunk_from_being_read_reaches_all(clip: Path, monkeypatch:
             with pytest.raises(wanted, match=match):
                 next(heard).whole()
     monkeypatch.setattr(Source, "read", read)
-    with telling(first, plan) as here, hearing(other, plan) as there:
-        assert same(here, there)
+    assert is_heard_whole(first, other, plan)
 
 
 def test_files_that_cannot_be_opened_reach_all(clip: Path) -> None:
@@ -286,8 +284,7 @@ def test_who_waits_hears_that_the_clip_was_given_up(clip: Path, monkeypatch: pyt
             heard.whole()
         thread.join(WAIT_S)
     monkeypatch.setattr(Source, "read", read)
-    with telling(first, plan) as here, hearing(other, plan) as there:
-        assert same(here, there)
+    assert is_heard_whole(first, other, plan)
 
 
 def test_who_stops_listening_does_not_wait_for_more(clip: Path) -> None:
@@ -353,8 +350,7 @@ def test_what_cannot_be_mapped_costs_the_clip_and_no_files(
 ) -> None:
     plan = planned(clip, max_frames=CHUNK, vis={})
     first, (other,) = linked(1)
-    with telling(first, plan) as here, hearing(other, plan) as there:
-        assert same(here, there)
+    assert is_heard_whole(first, other, plan)
     gc.collect()
     before = descriptors()
 
@@ -383,9 +379,7 @@ def test_nothing_is_left_of_clips_and_of_an_engine(clip: Path) -> None:
     before, threads, after = descriptors(), threading.active_count(), []
     first, (other,) = linked(1)
     for _ in range(4):
-        with telling(first, plan) as here, hearing(other, plan) as there:
-            assert same(here, there)
-        del here, there
+        assert is_heard_whole(first, other, plan)
         gc.collect()
         after.append(descriptors())
     assert len(set(after)) == 1

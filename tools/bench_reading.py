@@ -11,10 +11,8 @@ Counted is the time until the last process has the last window, after one round 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import queue
-import socket
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools"), str(ROOT)]
 
 import scaling_clip  # noqa: E402
 from records import destination, environment  # noqa: E402
+from scaling_ranks import free_port, identity, write  # noqa: E402
 
 from cosmos_fast import neighbours  # noqa: E402
 from cosmos_fast.inputs import ClipInputs  # noqa: E402
@@ -46,8 +45,7 @@ LIMIT_S = 120.0
 
 def rank(number: int, size: int, port: int, clip: Path, smoke: bool, rounds: int, results: Any) -> None:
     """One process: rounds in which it reads for itself, and in which the first reads for all."""
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= identity(number, size, port)
     mesh = Mesh.open(Plan(device="cpu", context=size), timeout_s=LIMIT_S)
     length = scaling_clip.SMOKE_FRAMES if smoke else scaling_clip.FRAMES
     asked = Spec(
@@ -86,10 +84,7 @@ def rank(number: int, size: int, port: int, clip: Path, smoke: bool, rounds: int
 def measure(size: int, clip: Path, smoke: bool, rounds: int) -> dict[str, Any]:
     """Both ways by so many processes: medians, and every round."""
     context = get_context("spawn")
-    results = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    results, port = context.Queue(), free_port()
     processes = [
         context.Process(target=rank, args=(number, size, port, clip, smoke, rounds, results))
         for number in range(size)
@@ -134,7 +129,7 @@ def main() -> None:
         scaling_clip.write_clip(clip, smoke=args.smoke)
         for size in map(int, args.ranks.split(",")):
             row = record["ranks"][str(size)] = measure(size, clip, args.smoke, args.rounds)
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write(out, record)
             told = ", ".join(
                 f"{way} {of['seconds']:.3f} s ({of['cpu_s']:.2f} s of cores)" for way, of in row.items()
             )

@@ -70,6 +70,22 @@ def begun(record: dict[str, Any]) -> str | None:
     return next((name for name, entry in record["sections"].items() if entry["status"] == "begun"), None)
 
 
+# --- who a rank is ---
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def identity(rank: int, size: int, port: int) -> dict[str, str]:
+    """What a rank of this host reads from its environment."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
 # --- the parent --------------------------------------------------------------------------------------
 
 
@@ -140,18 +156,16 @@ class Parent:
                 rank.wait()
 
     def _start(self, left: list[str]) -> list[subprocess.Popen[bytes]]:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         # Both ranks are on this host: its loopback carries what is not for the links between GPUs.
         shared = {
-            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-            "PYTHONUNBUFFERED": "1",
+            "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0",
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         command = [sys.executable, *self.command, "--only", ",".join(left)]
         return [
             subprocess.Popen(
-                command, start_new_session=True, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command, start_new_session=True, env=os.environ | shared | identity(rank, 2, port)
             )
             for rank in range(2)
-        ]  # fmt: skip
+        ]
