@@ -85,8 +85,8 @@ def _qk_norm_rope(r: Random, L: int, N: int, K: int) -> Args:
     return r.normal(L, 3 * N * K), r.normal(K), r.normal(K), angles.cos(), angles.sin(), EPS
 
 
-def _qkv_packed(r: Random, L: int, N: int, K: int, columns: int = 2, parts: int = 2) -> Args:
-    return *_qk_norm_rope(r, L, N, K)[:-1], columns, parts, EPS
+def _qkv_packed(r: Random, L: int, N: int, K: int, columns: int = 2, first: int = 0, last: int = 0) -> Args:
+    return *_qk_norm_rope(r, L, N, K)[:-1], columns, first, last or N // columns, EPS
 
 
 def _qkv_sums(r: Random, L: int, N: int, K: int) -> Args:
@@ -257,10 +257,10 @@ CASES: dict[str, tuple[Case, ...]] = {
     ]),
     "qk_norm_rope": _token_cases(_HEADS, _TINY, [_ODD_HEADS, _ONE_HEAD]),
     "qkv_packed": _token_cases(_HEADS, _TINY, [
-        Case("3 of 6 heads", "odd", "parts of 1 and 2 heads, K no power of two", {"L": 5, "N": 6, "K": 96}),
-        Case("4 columns in 3 parts", "odd", "parts of 1, 1 and 2 heads", {"L": 3, "N": 16, "K": 32, "columns": 4, "parts": 3}),
-        Case("one column, one part", "odd", "heads stay together", {"L": 2, "N": 3, "K": 64, "columns": 1, "parts": 1}),
-        Case("more parts than heads", "odd", "one head each", {"L": 3, "N": 4, "K": 64, "columns": 2, "parts": 5}),
+        Case("720p quarter", "production", "a part of what one of two ranks sends", {"L": _720P // 2, **_HEADS, "first": 2, "last": 4}),
+        Case("2 of 6 heads", "odd", "two columns, K no power of two", {"L": 5, "N": 6, "K": 96, "first": 1}),
+        Case("1 of 4 heads", "odd", "four columns, a program ends inside a token", {"L": 7, "N": 16, "K": 32, "columns": 4, "first": 1, "last": 2}),
+        Case("one column", "odd", "heads stay together", {"L": 2, "N": 3, "K": 64, "columns": 1}),
     ]),
     "gelu": _token_cases({"M": 8192}, {"M": 256}, [
         Case("tail", "odd", "last block partly full", {"L": 37, "M": 129}),

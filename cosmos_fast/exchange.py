@@ -16,7 +16,7 @@ Letters: L tokens, Lr tokens of this rank, Lq queries this rank attends, N heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
@@ -132,20 +132,24 @@ class SparseFp8Attend:
 class Pack(Protocol):
     def __call__(
         self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
-    ) -> tuple[list[Tensor], Tensors]:  # fmt: skip
-        """What a producer of q, k and v of one dtype makes, as it travels: of each part (columns, Lr, 3, heads, K); shared."""
+    ) -> tuple[Iterable[Tensor], Tensors]:  # fmt: skip
+        """What a producer of q, k and v of one dtype makes, as it travels: of each part (columns, Lr, 3, heads, K); shared.
+
+        A part may be made when it is asked for, so that those before it are on their way meanwhile.
+        """
 
 
 def exact_pack(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
-) -> tuple[list[Tensor], Tensors]:  # fmt: skip
-    """`exact_operands`."""
-    return ops_exchange.qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts), ()
+) -> tuple[Iterable[Tensor], Tensors]:  # fmt: skip
+    """`exact_operands`, part by part."""
+    own = cuts(qkv.shape[1] // (3 * q_gain.shape[0] * columns), parts)
+    return (ops_exchange.qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, heads) for heads in own), ()
 
 
 def fp8_pack(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
-) -> tuple[list[Tensor], Tensors]:  # fmt: skip
+) -> tuple[Iterable[Tensor], Tensors]:  # fmt: skip
     """`fp8_operands`."""
     given = qkv, q_gain, k_gain, cos, sin
     moments = ops_attention8.pooled_moments(*given, shard.tokens, shard.group.gather)

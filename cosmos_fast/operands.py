@@ -72,11 +72,11 @@ def check_qk(qkv, q_gain, k_gain, cos, sin, eps, op="qk_norm_rope") -> None:  # 
                f"cos and sin must be ({qkv.shape[0]}, {K // 2}) float32", (tuple(table.shape), table.dtype))  # fmt: skip
 
 
-def check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, eps, op="qkv_packed") -> None:  # type: ignore[no-untyped-def]
+def check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, first, last, eps, op="qkv_packed") -> None:  # type: ignore[no-untyped-def]
     check_qk(qkv, q_gain, k_gain, cos, sin, eps, op)
     heads = qkv.shape[1] // (3 * q_gain.shape[0])
     _check(columns > 0 == heads % columns, op, f"columns must divide {heads} heads", columns)
-    _check(parts > 0, op, "parts must be 1 or more", parts)
+    _check(0 <= first < last <= heads // columns, op, f"heads must be some of {heads // columns}", (first, last))
 
 
 def check_gelu(x: Tensor) -> None:
@@ -178,7 +178,8 @@ def check_codes_packed(  # type: ignore[no-untyped-def]
     qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, columns, parts, eps
 ) -> None:
     op = "codes_packed"
-    check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, eps, op)
+    check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, 0, 1, eps, op)
+    _check(parts > 0, op, "parts must be 1 or more", parts)
     check_qkv_codes(qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, False, eps, op)
 
 

@@ -22,10 +22,14 @@ def _copied(three: tuple[Tensor, ...], columns: int, parts: int) -> Tensor:
 
 
 def _normed_then_copied(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int, eps: float
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, first: int, last: int, eps: float
 ) -> Tensor:  # fmt: skip
-    """q, k and v by the op that makes them for one rank, then a copy of each to its place."""
-    return _copied(qk_norm_rope(qkv, q_gain, k_gain, cos, sin), columns, parts)
+    """q, k and v of these heads alone, by the op that makes them for one rank, then a copy of each to its place."""
+    K = q_gain.shape[0]
+    heads = qkv.view(len(qkv), 3, columns, -1, K)[:, :, :, first:last]
+    return _copied(qk_norm_rope(heads.reshape(len(qkv), -1), q_gain, k_gain, cos, sin), columns, 1).view(
+        columns, len(qkv), 3, last - first, K
+    )
 
 
 def _coded_then_copied(
@@ -38,9 +42,12 @@ def _coded_then_copied(
 
 
 _qkv_packed = define(
-    "qkv_packed(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, int columns, int parts, float eps) -> Tensor",
+    "qkv_packed(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, int columns, int first, int last, "
+    "float eps) -> Tensor",
     operands.check_qkv_packed,
-    lambda qkv, *rest: qkv.new_empty(qkv.numel()),
+    lambda qkv, gain, k_gain, cos, sin, columns, first, last, eps: qkv.new_empty(
+        columns, len(qkv), 3, last - first, len(gain)
+    ),
     triton("norm_rope", "qkv_packed"),
     Candidate("composed", lambda: _normed_then_copied),
 )
@@ -59,22 +66,23 @@ _codes_packed = define(
 
 
 def qkv_packed(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int
-) -> list[Tensor]:
-    """`ops.qk_norm_rope` in the order in which ranks exchange it: of each part, (columns, L, 3, heads, K) of q, k and v.
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, heads: slice
+) -> Tensor:
+    """`ops.qk_norm_rope` as ranks exchange it: q, k and v (columns, L, 3, n, K) of n heads of each column.
 
-    Shapes as there. columns: ranks that take N / columns heads each; parts: in how many `cuts` of those heads they travel.
+    Shapes as there. columns: ranks that take N / columns heads each; heads: which of those N / columns.
     """
-    packed = _qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, parts, EPS)
-    L, K = qkv.shape[0], q_gain.shape[0]
-    return split(packed, (L, qkv.shape[1] // (3 * K), K), columns, parts)
+    return _qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, heads.start, heads.stop, EPS)
 
 
 def codes_packed(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, moments: Moments, columns: int, parts: int,
     *, rotate: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """`ops_attention8.qkv_codes` of moments of all tokens, in that order: e4m3, half the bytes of 16-bit values."""
+    """`ops_attention8.qkv_codes` of moments of all tokens, in that order: e4m3, half the bytes of 16-bit values.
+
+    parts: in how many `cuts` of a column's heads they travel; all are written at once.
+    """
     packed = _codes_packed(qkv, q_gain, k_gain, cos, sin, *moments, rotate, columns, parts, EPS)
     L, K = qkv.shape[0], q_gain.shape[0]
     return split(packed, (L, qkv.shape[1] // (3 * K), K), columns, parts)

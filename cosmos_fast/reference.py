@@ -108,17 +108,16 @@ def qk_norm_rope(
 
 
 def qkv_packed(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int, eps: float
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, first: int, last: int, eps: float
 ) -> Tensor:  # fmt: skip
-    """q, k and v as they travel between ranks: for each part of a column's heads its (columns, L, 3, heads, K)."""
+    """q, k and v of heads `first` to `last` of each column, as they travel between ranks: (columns, L, 3, heads, K)."""
     q, k = qk_norm_rope(qkv, q_gain, k_gain, cos, sin, eps)
-    return _travelling(q, k, qkv.chunk(3, -1)[2].view_as(q), columns, parts)
+    return _travelling(q, k, qkv.chunk(3, -1)[2].view_as(q), columns, slice(first, last))
 
 
-def _travelling(q: Tensor, k: Tensor, v: Tensor, columns: int, parts: int) -> Tensor:
+def _travelling(q: Tensor, k: Tensor, v: Tensor, columns: int, heads: slice) -> Tensor:
     x = torch.stack((q, k, v), 1).unflatten(2, (columns, -1))
-    pieces = [x[:, :, :, cut].permute(2, 0, 1, 3, 4) for cut in cuts(x.shape[3], parts)]
-    return torch.cat([piece.reshape(-1) for piece in pieces])
+    return x[:, :, :, heads].permute(2, 0, 1, 3, 4).contiguous()
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -186,6 +185,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([part.transpose(0, 1).to(q.dtype) for part in parts])
 
 
+attention_wide = attention
+
+
 def qkv_moments(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -250,9 +252,10 @@ def codes_packed(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
     v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """`qkv_codes`, v as it is, in the order of `qkv_packed`."""
-    given = qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps
-    return _travelling(*qkv_codes(*given, rotate, False, eps), columns, parts)
+    """`qkv_codes`, v as it is, as `qkv_packed` gives them: for each part of a column's heads, one behind the other."""
+    q, k, v = qkv_codes(qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, False, eps)
+    pieces = [_travelling(q, k, v, columns, heads) for heads in cuts(q.shape[1] // columns, parts)]
+    return torch.cat([piece.view(-1) for piece in pieces])
 
 
 def _codes(x: Tensor, step: Tensor) -> Tensor:

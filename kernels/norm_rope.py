@@ -3,17 +3,18 @@
     head_norm      y = x * rsqrt(mean(x^2) + eps) * gain                       over each head's K features
     qk_norm_rope   n = head_norm(q or k), rounded; low' = low * cos - high * sin; high' = high * cos + low * sin
 
-    qkv_packed     the same q and k, and v, each head where the exchange between ranks sends it from
+    qkv_packed     the same q and k, and v, of some heads, each where the exchange between ranks sends it from
 
 Shapes: head_norm x (L, N*K), rows may be strided, -> (L, N, K). qk_norm_rope qkv (L, 3*N*K) contiguous; gains
-(K,); cos, sin (L, K/2) fp32; -> q, k (L, N, K). low and high are the two halves of a head; v is not touched. qkv_packed: of each part of a
-column's heads (columns, L, 3, heads, K), one part behind the other.
+(K,); cos, sin (L, K/2) fp32; -> q, k (L, N, K). low and high are the two halves of a head; v is not touched. qkv_packed: of the
+same heads of each column (columns, L, 3, heads, K).
 
 Bytes in bf16 at L 84480, N 16, K 128 and floor at 2.98 TB/s, the assumed copy of one H100:
     head_norm      x, y                     0.69 GB   0.232 ms
     qk_norm_rope   q, k, q', k', cos, sin   1.43 GB   0.479 ms
     qkv_packed     the same, and v, v'      2.12 GB   0.711 ms
-One program takes whole tokens, all heads: cos and sin come from HBM once and from L1 for the other heads.
+One program takes whole tokens, all heads: cos and sin come from HBM once and from L1 for the other heads. So does `qkv_packed` of all
+heads; of fewer it takes several tokens.
 """
 
 from __future__ import annotations
@@ -102,30 +103,19 @@ def _qk_norm_rope_kernel(
 
 
 @triton.jit
-def travels_from(
-    which, head, token, L, K: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
-):
-    """Where q, k or v (which) of a head begins in (columns, L, 3, heads, K), the parts of HEADS heads of a column in a row."""
-    column, place = head // HEADS, head % HEADS
-    first, count = place * 0, place * 0 + HEADS // PARTS
-    for i in tl.static_range(1, PARTS):
-        is_later = place >= HEADS * i // PARTS
-        first = tl.where(is_later, HEADS * i // PARTS, first)
-        count = tl.where(is_later, HEADS * (i + 1) // PARTS - HEADS * i // PARTS, count)
-    before = (token * 0 + L) * (3 * COLUMNS) * first  # token is 64 bits wide
-    return (before + ((column * L + token) * 3 + which) * count + place - first) * K
-
-
-@triton.jit
 def _qkv_packed_kernel(
-    qkv, q_gain, k_gain, cos, sin, out, L, cos_stride, sin_stride, eps, N: tl.constexpr, K: tl.constexpr,
-    HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    qkv, q_gain, k_gain, cos, sin, out, L, cos_stride, sin_stride, eps, first, N: tl.constexpr, K: tl.constexpr,
+    OWN: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
+    """OWN heads in a column, of which HEADS from `first` on are written. A program takes BLOCK heads, of one token or several."""
     HALF: tl.constexpr = K // 2
-    row = tl.program_id(0).to(tl.int64)
-    heads, cols = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
-    keep, spread = (heads < N) & (cols < HALF), heads * 0 + cols
-    q = qkv + row * (3 * N * K) + heads * K + cols
+    rows, cols = (
+        tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None],
+        tl.arange(0, BLOCK_HALF)[None, :],
+    )
+    token, column, head = rows // (COLUMNS * HEADS), rows // HEADS % COLUMNS, rows % HEADS
+    keep, spread = (token < L) & (cols < HALF), head * 0 + cols
+    q = qkv + token * (3 * N * K) + (column * OWN + first + head) * K + cols
     k, v = q + N * K, q + 2 * N * K
     q_low = tl.load(q, keep, 0.0, eviction_policy="evict_first")
     q_high = tl.load(q + HALF, keep, 0.0, eviction_policy="evict_first")
@@ -133,15 +123,13 @@ def _qkv_packed_kernel(
     k_high = tl.load(k + HALF, keep, 0.0, eviction_policy="evict_first")
     v_low = tl.load(v, keep, 0.0, eviction_policy="evict_first")
     v_high = tl.load(v + HALF, keep, 0.0, eviction_policy="evict_first")
-    c = tl.load(cos + row * cos_stride + spread, keep, 0.0)
-    s = tl.load(sin + row * sin_stride + spread, keep, 0.0)
-    to = travels_from(0, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
+    c = tl.load(cos + token * cos_stride + cols, keep, 0.0)
+    s = tl.load(sin + token * sin_stride + cols, keep, 0.0)
+    to = ((column * L + token) * 3 * HEADS + head) * K + cols
     _norm_rotate(q_low, q_high, q_gain, out, to, spread, keep, c, s, eps, K, HALF)
-    to = travels_from(1, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
-    _norm_rotate(k_low, k_high, k_gain, out, to, spread, keep, c, s, eps, K, HALF)
-    to = travels_from(2, heads, row, L, K, HEADS, COLUMNS, PARTS) + cols
-    tl.store(out + to, v_low, keep)
-    tl.store(out + to + HALF, v_high, keep)
+    _norm_rotate(k_low, k_high, k_gain, out, to + HEADS * K, spread, keep, c, s, eps, K, HALF)
+    tl.store(out + to + 2 * HEADS * K, v_low, keep)
+    tl.store(out + to + 2 * HEADS * K + HALF, v_high, keep)
 
 
 def head_norm(x: Tensor, gain: Tensor, eps: float, *, config: Config | None = None) -> Tensor:
@@ -188,21 +176,21 @@ def qk_norm_rope(
 
 
 def qkv_packed(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, parts: int, eps: float, *,
-    config: Config | None = None,
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, first: int, last: int,
+    eps: float, *, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """q, k, as of `qk_norm_rope`, and v of (L, 3*N*K) in the order in which ranks exchange them: (L*3*N*K,)."""
+    """q, k, as of `qk_norm_rope`, and v of some heads of each column, as ranks exchange them: (columns, L, 3, last - first, K)."""
     L, K = qkv.shape[0], q_gain.shape[0]
     N = qkv.shape[1] // (3 * K)
-    out = qkv.new_empty(qkv.numel())
+    out = qkv.new_empty(columns, L, 3, last - first, K)
     if out.numel() == 0:
         return out
-    config = config or _config(N * K)
+    config, block = config or _config(N * K), triton.next_power_of_2(N)
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
     with on_device_of(qkv):
-        _qkv_packed_kernel[(L,)](
-            qkv, q_gain.contiguous(), k_gain.contiguous(), cos, sin, out, L, cos.stride(0), sin.stride(0), eps, N=N, K=K,
-            HEADS=N // columns, COLUMNS=columns, PARTS=min(parts, N // columns), BLOCK_N=triton.next_power_of_2(N),
+        _qkv_packed_kernel[(triton.cdiv(L * columns * (last - first), block),)](
+            qkv, q_gain.contiguous(), k_gain.contiguous(), cos, sin, out, L, cos.stride(0), sin.stride(0), eps, first, N=N,
+            K=K, OWN=N // columns, HEADS=last - first, COLUMNS=columns, BLOCK=block,
             BLOCK_HALF=triton.next_power_of_2(K // 2), num_warps=config.warps,
         )  # fmt: skip
     return out

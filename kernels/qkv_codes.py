@@ -259,7 +259,7 @@ def codes_packed(
     v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float, *,
     config: Config | None = None, v_config: Config = VALUES,
 ) -> Tensor:  # fmt: skip
-    """The same codes where ranks send them from, in the order of `norm_rope.qkv_packed`: (L*3*N*K,) e4m3."""
+    """The same codes where ranks send them from, as `norm_rope.qkv_packed` gives them, part after part: (L*3*N*K,) e4m3."""
     out = qkv.new_empty(qkv.numel(), dtype=E4M3)
     given = qkv, q_gain, k_gain, cos, sin, k_mean, v_mean, v_step, steps, rotate, False, eps
     _write_codes(*given, (out, out, out), columns, parts, config, v_config)

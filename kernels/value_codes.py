@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from cosmos_fast.kernels.attention8 import token_at
 from cosmos_fast.kernels.launch import Config
-from cosmos_fast.kernels.norm_rope import travels_from
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -21,6 +20,21 @@ def store_codes(out, x, keep):
     """What is too large saturates; NaN stays NaN."""
     x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out, x.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def travels_from(
+    which, head, token, L, K: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):
+    """Where q, k or v (which) of a head begins in (columns, L, 3, heads, K), the parts of HEADS heads of a column in a row."""
+    column, place = head // HEADS, head % HEADS
+    first, count = place * 0, place * 0 + HEADS // PARTS
+    for i in tl.static_range(1, PARTS):
+        is_later = place >= HEADS * i // PARTS
+        first = tl.where(is_later, HEADS * i // PARTS, first)
+        count = tl.where(is_later, HEADS * (i + 1) // PARTS - HEADS * i // PARTS, count)
+    before = (token * 0 + L) * (3 * COLUMNS) * first  # token is 64 bits wide
+    return (before + ((column * L + token) * 3 + which) * count + place - first) * K
 
 
 @triton.jit

@@ -424,8 +424,22 @@ def test_copies_of_many_tokens_go_in_parts(
     """Collectives do not: on a GPU they wait for the attention that they would run beneath."""
     asked, pack = [], ops_exchange.qkv_packed
     monkeypatch.setattr(exchange, "LEAST_TOKENS", 8)
-    monkeypatch.setattr(ops_exchange, "qkv_packed", lambda *given: asked.append(given[-1]) or pack(*given))
+    monkeypatch.setattr(
+        ops_exchange,
+        "qkv_packed",
+        lambda *given: asked.append(given[-1].stop - given[-1].start) or pack(*given),
+    )
     alone = Group(copies=cast(Copies, object()) if by_copies else None)
     angles, gain = torch.randn(tokens, 4), torch.ones(8)
     Exchanged(alone)(torch.randn(tokens, 3 * 8 * 8), gain, gain, angles.cos(), angles.sin(), 0)
-    assert asked == [parts]
+    assert asked == [8 // parts] * parts
+
+
+def test_a_part_is_on_its_way_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what leaves first travels while the others are made."""
+    seen, pack, send = [], ops_exchange.qkv_packed, exchange._send_packed
+    monkeypatch.setattr(ops_exchange, "qkv_packed", lambda *given: seen.append("packed") or pack(*given))
+    monkeypatch.setattr(exchange, "_send_packed", lambda *given: seen.append("sent") or send(*given))
+    angles, gain = torch.randn(9, 4), torch.ones(8)
+    Exchanged(Group(), parts=2)(torch.randn(9, 3 * 4 * 8), gain, gain, angles.cos(), angles.sin(), 0)
+    assert seen == ["packed", "sent"] * 2

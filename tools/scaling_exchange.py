@@ -14,7 +14,7 @@ from cosmos_fast import ops_attention8
 from cosmos_fast.config import NetworkConfig
 from cosmos_fast.dispatch import TABLE
 from cosmos_fast.exchange import PARTS, Exchanged, exact_operands, fp8_attend, fp8_operands
-from cosmos_fast.formats import EnvironmentProblem
+from cosmos_fast.formats import EnvironmentProblem, cuts
 from cosmos_fast.ops import EPS
 from cosmos_fast.parallel import Group, Shard
 from cosmos_fast.self_attention import exact
@@ -47,7 +47,12 @@ def calls(
     yield "one", one, None
     yield "operands alone", partial(exact_operands, own, q_gain, k_gain, *here, shard), None
     for name, pack in candidates("qkv_packed", qkv).items():
-        yield f"packed, {name}", partial(pack, own, q_gain, k_gain, *here, group.size, 2, EPS), None
+        for parts in (1, PARTS):
+            yield (
+                f"packed in {parts} parts, {name}",
+                partial(packed, pack, parts, own, q_gain, k_gain, *here, group.size),
+                None,
+            )
     ways = [("", group, (1, 2, 4)), *([] if by_copies is None else [("copies, ", by_copies, (1, 2, 4, 8))])]
     for way, ranks, cut in ways:
         for parts in cut:
@@ -70,6 +75,12 @@ def calls(
         for parts in cut:
             eight = Exchanged(ranks, fp8_operands, fp8_attend, parts)
             yield f"fp8, {way}in {parts} parts", partial(eight, own, *table, 0), one8
+
+
+def packed(pack: Any, parts: int, own: Tensor, q_gain: Tensor, *rest: Any) -> Tensor:
+    """The last of the messages with q, k and v of a rank's tokens, made one after the other. rest: ..., columns."""
+    heads = own.shape[1] // (3 * len(q_gain) * rest[-1])
+    return [pack(own, q_gain, *rest, part.start, part.stop, EPS) for part in cuts(heads, parts)][-1]  # type: ignore[no-any-return]
 
 
 def unhinted(group: Group, own: Tensor, table: tuple[Tensor, ...]) -> Tensor:
