@@ -55,13 +55,21 @@ def _norm_silu_fp8(r: Random, C: int, F: int, H: int, W: int, **more: int) -> Ar
     return x, gamma, float(gamma.abs().max()) * C**0.5 / 448, past, keep
 
 
+def _attention_wide(r: Random, L: int, N: int, K: int, S: int | None = None, side: int = 0) -> Args:
+    """side: q, k and v side by side in one tensor, as the VAE's projection gives them."""
+    if side:
+        q, k, v = r.normal(L, 3, N, K).unbind(1)
+        return q, k, v
+    return r.normal(L, N, K), r.normal(S or L, N, K), r.normal(S or L, N, K)
+
+
 def _codes(x: Tensor) -> Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 MAKERS: dict[str, Callable[..., Args]] = {
     "conv3d": _conv3d, "conv_half": _conv2d, "conv_double": _conv2d, "norm_silu": _norm_silu,
-    "conv3d_fp8": _conv3d_fp8, "norm_silu_fp8": _norm_silu_fp8,
+    "conv3d_fp8": _conv3d_fp8, "norm_silu_fp8": _norm_silu_fp8, "attention_wide": _attention_wide,
 }  # fmt: skip
 
 _WIDE = {"C": 96, "F": 4, "H": 704, "W": 1280}
@@ -99,6 +107,16 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("alone", "odd", "no history, five channels, two clips", {"C": 5, "F": 3, "H": 1, "W": 1, "B": 2, "alone": 1}),
         Case("rows", "odd", "channels first", {"C": 12, "F": 3, "H": 3, "W": 2}),
         Case("empty", "empty", "no clip", {"C": 4, "F": 1, "H": 4, "W": 4, "B": 0}),
+    ),
+    "attention_wide": (
+        Case("720p", "production", "a latent frame", {"L": 14080, "N": 1, "K": 384, "side": 1}),
+        Case("small", "small", "more queries than a tile has", {"L": 150, "N": 1, "K": 384, "side": 1}),
+        Case("heads", "small", "two heads, fewer keys", {"L": 70, "N": 2, "K": 192, "S": 33}),
+        Case("ends", "odd", "queries, keys and head end inside a tile", {"L": 133, "N": 1, "K": 200, "S": 45}),
+        Case("one key", "odd", "softmax of one value, a narrow head", {"L": 5, "N": 1, "K": 24, "S": 1}),
+        Case("one query", "odd", "L = 1, three heads", {"L": 1, "N": 3, "K": 136, "S": 67}),
+        Case("empty", "empty", "no query", {"L": 0, "N": 1, "K": 384, "S": 3}),
+        Case("no head", "empty", "N = 0", {"L": 2, "N": 0, "K": 8}),
     ),
     "conv3d_fp8": (
         Case("720p", "production", "a frame of the widest stage", {**_WIDE, "F": 1, "O": 96, "last": 1, "added": 1}),

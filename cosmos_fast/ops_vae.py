@@ -53,6 +53,13 @@ _norm_silu = define(
     triton("norm_silu", "norm_silu"),
     Candidate("composed", lambda: convolution.norm_silu),
 )
+_attention_wide = define(
+    "attention_wide(Tensor q, Tensor k, Tensor v) -> Tensor",
+    operands.check_attention,
+    lambda q, k, v: q.new_empty(q.shape),
+    triton("attention_wide", "attention_wide", HALF, HOPPER),
+    Candidate("sdpa", lambda: convolution.attention_wide),
+)
 
 
 _conv3d_fp8 = define(
@@ -96,6 +103,11 @@ def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None = None, keep: Tensor
     may be `past` itself, gets the last two frames without their border.
     """
     return _norm_silu(x, gamma, past, keep)
+
+
+def attention_wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`ops.attention` for heads too wide for its kernels: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
+    return _attention_wide(q, k, v)
 
 
 def conv3d_fp8(

@@ -205,6 +205,7 @@ _ROWS = {
     "linear_gelu": 1,
     "linear_head_norm": 1,
     "attention": 1,
+    "attention_wide": 1,
     "attention_fp8": 1,
     "values_restored": 1,
     "quantise": 1,

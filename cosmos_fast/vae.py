@@ -13,13 +13,11 @@ Layout: whatever `channels_last_` did to the weights, activations follow; nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import ops_vae
 from .convolution import frames_like as frames_like
@@ -174,12 +172,9 @@ class Attention(nn.Module):
 
     def _frame(self, frame: Tensor) -> Tensor:
         """(h, w, C) -> (h, w, C). One frame at a time bounds whatever the attention kernel needs."""
-        qkv = F.linear(frame.reshape(1, -1, frame.shape[-1]), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
-        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))
-        # No flash kernel has a head this wide (384); left to itself torch may take the one that
-        # materialises all (h*w)^2 scores.
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if frame.is_cuda else nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v)
+        rows = frame.reshape(-1, frame.shape[-1])
+        qkv = F.linear(rows, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unflatten(1, (3, 1, -1))
+        y = ops_vae.attention_wide(*qkv.unbind(1)).flatten(1)
         return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).reshape(frame.shape)
 
 
