@@ -19,6 +19,9 @@ testing.kernels_from_checkout()
 OPS = [op for op in TABLE if op not in ("adaln", "residual_adaln", "attention")]
 """adaln and residual_adaln have a file of their own; attention is bound by arithmetic."""
 
+FLOP = {"linear_gelu": 2, "linear_head_norm": 2, "attention_wide": 4}
+"""Floating-point operations for each value of the first operand and row of the second, where they are the bound."""
+
 
 def candidates(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
     """Everything in the table that can run here, ours first, and the reference through torch.compile."""
@@ -46,7 +49,7 @@ def bench_kernel(
     seeds = count()
     make = partial(testing.inputs, op, case, device, torch.bfloat16)
     args = make()
-    flop = 2 * args[0].numel() * args[1].shape[0] if op in ("linear_gelu", "linear_head_norm") else 0
+    flop = FLOP[op] * args[0].numel() * args[1].shape[0] if op in FLOP else 0
     work = roofline.Work(testing.nbytes(op, args, testing.eager(op, args)), flop)
     calls = candidates(op, device, args[0].dtype)
     rows = versus(op, case.name, calls, lambda: make(seed=next(seeds)), work)

@@ -137,11 +137,12 @@ def test_norm_of_zeros_is_zero_and_of_huge_is_finite() -> None:
 
 @pytest.mark.interpret
 def test_the_vae_on_the_kernels_is_the_vae_on_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosmos_fast.kernels import convolution, norm_silu
+    from cosmos_fast.kernels import attention_wide, convolution, norm_silu
 
     torch.manual_seed(0)
     vae = channels_last_(VAE(VAEConfig(base=4)))
-    z, names = torch.randn(1, 16, 2, 1, 1), ("conv3d", "conv_half", "conv_double", "norm_silu")
+    z = torch.randn(1, 16, 2, 1, 1)
+    names = ("conv3d", "conv_half", "conv_double", "norm_silu", "attention_wide")
     with use(**dict.fromkeys(names, "reference")):
         pixels = vae.decode(z)
         latents = vae.encode(pixels, 4)
@@ -150,6 +151,7 @@ def test_the_vae_on_the_kernels_is_the_vae_on_the_references(monkeypatch: pytest
         "conv_half": convolution.conv_half,
         "conv_double": convolution.conv_double,
         "norm_silu": norm_silu.norm_silu,
+        "attention_wide": attention_wide.attention_wide,
     }
     for name in names:
         monkeypatch.setattr(ops_vae, name, kernels[name])
@@ -194,7 +196,10 @@ def test_gpu_the_vae_in_bf16_is_as_near_to_fp32_on_the_kernels_as_on_the_librari
     channels_last_(exact)
     z, x = torch.randn(1, 16, 4, 12, 22).cuda(), torch.rand(1, 3, 13, 96, 176).cuda() * 2 - 1
     pixels, latents = exact.decode(z), exact.encode(x, 4)
-    names = {"conv3d": "cudnn", "conv_half": "library", "conv_double": "library", "norm_silu": "composed"}
+    names = {
+        "conv3d": "cudnn", "conv_half": "library", "conv_double": "library", "norm_silu": "composed",
+        "attention_wide": "sdpa",
+    }  # fmt: skip
     with use(**names):
         plain = (low.decode(z).float() - pixels).norm(), (low.encode(x, 4).float() - latents).norm()
     with use(**dict.fromkeys(names, "triton")):

@@ -57,6 +57,7 @@ FLOP["conv_half"] = lambda x, w, b: 2 * w.numel() * x[:, 0].numel() // 4
 FLOP["conv_double"] = lambda x, w, b: 2 * w.numel() * x[:, 0].numel() * 4
 FLOP["conv3d_fp8"] = lambda x, w, *_: FLOP["conv3d"](x, w, None, None, 1)
 FLOP["linear_gelu_fp8"] = lambda a, a_steps, steps, w, *_: 2 * a.shape[0] * a.shape[1] * w.shape[0]
+FLOP["attention_wide"] = lambda q, k, v: 4 * q.numel() * k.shape[0]
 FLOP["attention_fp8"] = lambda q, k, *_: 4 * q.numel() * k.shape[0]
 FLOP["attention_fp8_tiles"] = lambda q, *rest: 4 * TILE_QUERIES * TILE_KEYS * q.shape[2] * int(rest[7].sum())
 """Ops bound by arithmetic: how much of it they need, GELU and norms left out."""

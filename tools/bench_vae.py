@@ -290,7 +290,7 @@ def summary(record: dict[str, Any]) -> str:
     lines = [
         f"{row['op']}={row['chosen']}"
         for row in record.get("ops", [])
-        if row["op"] in ("conv3d", "conv_half", "conv_double", "norm_silu", "pixels")
+        if row["op"] in ("conv3d", "conv_half", "conv_double", "norm_silu", "attention_wide", "pixels")
     ]
     for name, row in record["cases"].get("720", {}).get("variants", {}).items():
         clock = row["gpu"].get("sm_mhz", {}).get("median", 0)

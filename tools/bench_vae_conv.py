@@ -37,6 +37,7 @@ testing.kernels_from_checkout()
 
 import vae_layers  # noqa: E402
 from cosmos_fast.kernels import norm_silu as norm  # noqa: E402
+from cosmos_fast.kernels.attention_wide import attention_wide  # noqa: E402
 from cosmos_fast.kernels.conv_tiles import FASTEST, FASTEST_FP8, Tiles  # noqa: E402
 from cosmos_fast.kernels.launch import Config  # noqa: E402
 from records import environment  # noqa: E402
@@ -195,32 +196,22 @@ def norms(run: Run, copy: float) -> None:
 def attention(run: Run) -> None:
     """One frame of the middle block: a head of 384 over 88x160 places."""
     L, K = (88 * 160, 384) if run.gpu else (64, 32)
-    q, k, v = (torch.randn(1, 1, L, K, device=run.options.device).bfloat16() for _ in range(3))
-    exact = torch.softmax(q[0, 0, :512].float() @ k[0, 0].float().T * K**-0.5, -1) @ v[0, 0].float()
+    q, k, v = (torch.randn(L, 1, K, device=run.options.device).bfloat16() for _ in range(3))
+    exact = torch.softmax(q[:512, 0].float() @ k[:, 0].float().T * K**-0.5, -1) @ v[:, 0].float()
 
     def check(y: Tensor) -> float:
         return ((y.reshape(L, K)[: len(exact)].float() - exact).norm() / exact.norm()).item()
 
     def products(rows: int) -> Tensor:
         parts = []
-        for part in q[0, 0].split(rows):
-            scores = torch.mm(part, k[0, 0].T, out_dtype=torch.float32) if run.gpu else part.float() @ k[0, 0].float().T  # fmt: skip
-            parts.append(torch.softmax(scores.mul_(K**-0.5), -1).to(v.dtype) @ v[0, 0])
+        for part in q[:, 0].split(rows):
+            scores = torch.mm(part, k[:, 0].T, out_dtype=torch.float32) if run.gpu else part.float() @ k[:, 0].float().T  # fmt: skip
+            parts.append(torch.softmax(scores.mul_(K**-0.5), -1).to(v.dtype) @ v[:, 0])
         return torch.cat(parts)
 
     print("attention 14080 x 384", flush=True)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    for name, backend in (
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-    ):
-
-        def fused(backend: Any = backend) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        run.row("attention", f"sdpa {name}", fused, check, flop=4.0 * L * L * K)
+    for name, fused in (("triton", attention_wide), ("library", library.attention_wide)):
+        run.row("attention", name, partial(fused, q, k, v), check, flop=4.0 * L * L * K)
     for rows in (1408, 3520, 14080):
         run.row("attention", f"products, {rows} rows", partial(products, rows), check, flop=4.0 * L * L * K)
 
@@ -239,7 +230,10 @@ def passes(run: Run, table: dict[tuple[int, int, int], Tiles]) -> None:
         vae = channels_last_(VAE(VAEConfig() if run.gpu else VAEConfig.tiny()).to(torch.bfloat16))
         z, x = torch.randn(1, 16, 8, H, W), torch.rand(1, 3, 29, 8 * H, 8 * W) * 2 - 1
     vae = in_8_bits(vae) if run.options.fp8 else vae
-    old = {"conv3d": "cudnn", "conv_half": "library", "conv_double": "library", "norm_silu": "composed"}
+    old = {
+        "conv3d": "cudnn", "conv_half": "library", "conv_double": "library", "norm_silu": "composed",
+        "attention_wide": "sdpa",
+    }  # fmt: skip
 
     def decode(window: int) -> list[float]:
         return _lapse(run, vae.decode_stream(z, window))
