@@ -76,7 +76,7 @@ def check_qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, first, last, eps, o
     check_qk(qkv, q_gain, k_gain, cos, sin, eps, op)
     heads = qkv.shape[1] // (3 * q_gain.shape[0])
     _check(columns > 0 == heads % columns, op, f"columns must divide {heads} heads", columns)
-    _check(0 <= first < last <= heads // columns, op, f"heads must be some of {heads // columns}", (first, last))
+    _check(0 <= first < last <= heads // columns, op, f"heads must be some of {heads // columns}", (first, last))  # fmt: skip
 
 
 def check_gelu(x: Tensor) -> None:

@@ -164,18 +164,23 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        rows = rms(x, self.norm.gamma, frames_like(x, tuple(x.shape))).permute(0, 2, 3, 4, 1)
-        for clip, out in zip(rows, x.permute(0, 2, 3, 4, 1), strict=True):
-            for frame, target in zip(clip, out, strict=True):
-                target.add_(self._frame(frame))
-        return x
+        return self.added(x, x, 0)
 
-    def _frame(self, frame: Tensor) -> Tensor:
-        """(h, w, C) -> (h, w, C). One frame at a time bounds whatever the attention kernel needs."""
-        rows = frame.reshape(-1, frame.shape[-1])
-        qkv = F.linear(rows, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unflatten(1, (3, 1, -1))
-        y = ops_vae.attention_wide(*qkv.unbind(1)).flatten(1)
-        return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).reshape(frame.shape)
+    def added(self, out: Tensor, x: Tensor, first: int) -> Tensor:
+        """out, which is rows of x from `first` on, + what they attend in all of x. In place; out may be x."""
+        rows = rms(x, self.norm.gamma, frames_like(x, tuple(x.shape))).permute(0, 2, 3, 4, 1)
+        for clip, targets in zip(rows, out.permute(0, 2, 3, 4, 1), strict=True):
+            for frame, target in zip(clip, targets, strict=True):
+                target.add_(self._rows(frame, first, len(target)))
+        return out
+
+    def _rows(self, frame: Tensor, first: int, count: int) -> Tensor:
+        """(h, w, C) -> (count, w, C). One frame at a time bounds whatever the attention kernel needs."""
+        values, (_, w, C) = frame.reshape(-1, frame.shape[-1]), frame.shape
+        qkv = F.linear(values, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unflatten(1, (3, 1, -1))
+        q, k, v = qkv.unbind(1)
+        y = ops_vae.attention_wide(q[first * w : (first + count) * w], k, v).flatten(1)
+        return F.linear(y, self.proj.weight.flatten(1), self.proj.bias).view(count, w, C)
 
 
 class Down(nn.Module):

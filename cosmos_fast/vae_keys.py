@@ -238,6 +238,11 @@ class Conv(NamedTuple):
     """Elements of a channel carried from window to window: past frames times pixels of a frame."""
 
 
+def conv_flops(conv: Conv) -> float:
+    """2 per multiply-add."""
+    return 2.0 * conv.width * conv.out * conv.taps * conv.after
+
+
 def block_convs(block: Block, frames: int, lead: int, pixels: int) -> tuple[list[Conv], int, int]:
     """Convs of a block on `frames` of `pixels` each, and the frames and pixels it gives."""
     kind, width, out = block
@@ -289,8 +294,7 @@ def vae_flops(frames: int, height: int, width: int, config: VAEConfig = PUBLISHE
     tokens = height * width // config.spatial**2
     attention = 4.0 * (1 + (frames - 1) // config.stride) * tokens**2 * config.top
     encode, decode = (
-        attention + sum(2.0 * conv.width * conv.out * conv.taps * conv.after for conv in convs)
-        for convs in vae_convs(frames, height, width, config)
+        attention + sum(map(conv_flops, convs)) for convs in vae_convs(frames, height, width, config)
     )
     return encode, decode
 

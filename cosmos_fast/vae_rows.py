@@ -16,6 +16,7 @@ from .vae_keys import (
     Conv,
     VAEConfig,
     block_convs,
+    conv_flops,
     decoder_blocks,
     encoder_blocks,
     peak,
@@ -114,6 +115,18 @@ def decode_path(strip: Rows, h: int, config: VAEConfig = PUBLISHED) -> Path:
     return Path(first, at, last, pixels)
 
 
+def encode_rows(strip: Rows, h: int, config: VAEConfig = PUBLISHED) -> tuple[Rows, Rows]:
+    """Rows to compute at latent height before the attention, for those of `strip` there, and from it on, for latents."""
+    blocks = len(encoder_blocks(config)) - len(strip_blocks(config)[0]) + 1
+    return strip.grown(2 * blocks, h), strip.grown(2 + 1, h)
+
+
+def decode_rows(strip: Rows, h: int, config: VAEConfig = PUBLISHED) -> tuple[Rows, Rows]:
+    """The same of a decode: for those of `strip` where the attention is, and from it on for those that blocks behind it give."""
+    blocks = len(decoder_blocks(config)) - len(strip_blocks(config)[1]) + 1
+    return strip.grown(1 + 2, h), strip.grown(2 * blocks, h)
+
+
 def strip_convs(
     strip: Rows, height: int, width: int, frames: int, config: VAEConfig = PUBLISHED, lead: int = 0
 ) -> tuple[list[Conv], list[Conv]]:
@@ -144,8 +157,47 @@ def strip_flops(
     totals = [0.0, 0.0]
     for strip in strips(height // config.spatial, count):
         for side, convs in enumerate(strip_convs(strip, height, width, frames, config, lead=1)):
-            totals[side] += sum(2.0 * conv.width * conv.out * conv.taps * conv.after for conv in convs)
+            totals[side] += sum(map(conv_flops, convs))
     return totals[0], totals[1]
+
+
+def latent_flops(
+    frames: int, height: int, width: int, count: int, config: VAEConfig = PUBLISHED
+) -> tuple[float, float]:
+    """The same of the blocks at latent height, each strip with its rows; keys and values of all rows with every strip."""
+    h, w, top, z = height // config.spatial, width // config.spatial, config.top, config.latent_channels
+    T, residual = 1 + (frames - 1) // config.stride, Block("residual", config.top, config.top)
+    before, after = strip_blocks(config)
+    first = [*encoder_blocks(config)[len(before) :], residual], [residual]
+    last = [residual], [residual, *decoder_blocks(config)[: -len(after)]]
+    # Behind the encoder's blocks, before the decoder's: (width, out, taps) of what else is convolved.
+    ends = ((top, 2 * z, 27), (2 * z, 2 * z, 1)), ((z, z, 1), (z, top, 27))
+    totals = [0.0, 0.0]
+    for strip in strips(h, count):
+        taken = decode_path(strip, h, config).first
+        decode = decode_rows(strip, h, config)[0], decode_rows(taken, h, config)[1]
+        for side, rows in enumerate((encode_rows(strip, h, config), decode)):
+            sizes = [T * w * part.height for part in rows]
+            for size, blocks in zip(sizes, (first[side], last[side]), strict=True):
+                convs = [conv for block in blocks for conv in block_convs(block, 1, 0, size)[0]]
+                totals[side] += sum(map(conv_flops, convs))
+            end = sizes[1 - side]
+            totals[side] += sum(conv_flops(Conv(*kind, end, end)) for kind in ends[side])
+            every, own = T * h * w, sizes[1]
+            totals[side] += conv_flops(Conv(top, 3 * top, 1, every, every)) + conv_flops(
+                Conv(top, top, 1, own, own)
+            )
+            totals[side] += 4.0 * own * h * w * top
+    return totals[0], totals[1]
+
+
+def shared_flops(
+    frames: int, height: int, width: int, ranks: int, config: VAEConfig = PUBLISHED
+) -> tuple[float, float]:
+    """FLOP of each of `ranks` ranks that share (an encode, a decode), on average of those that have a strip."""
+    given, count = (frames, height, width, ranks, config), len(strips(height // config.spatial, ranks))
+    cut, rest = strip_flops(*given), latent_flops(*given)
+    return (cut[0] + rest[0]) / count, (cut[1] + rest[1]) / count
 
 
 def strip_memory(

@@ -1,15 +1,16 @@
 """The VAE shared by ranks: each takes a strip of rows, with the overlap that `vae_rows` gives it, so there is no seam.
 
-The blocks at latent height, a twentieth of the work, are not cut: in an encode one rank runs them, in a decode every
-rank does, which costs less than to send their result. Where it costs less time to encode whole clips on different
-ranks, that is done instead: it repeats no row.
+The blocks at latent height are cut too, twice: before the attention in their middle and from it on. There each rank gets
+the rows of all, and looks from its own at all of them. Where it costs less time to encode whole clips on different ranks,
+that is done instead: it repeats no row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .readback import read_back
 from .recipe import Plan
 from .vae import VAE, windows
 from .vae_keys import vae_flops
-from .vae_rows import Rows, strip_flops, strips
+from .vae_rows import Rows, decode_path, shared_flops, strips
 from .vae_stage import Request, VAEStage
 
 
@@ -39,20 +40,18 @@ class SharedVAEStage(VAEStage):
         if not self._cuts_pay([request for request in requests if request is not None]):
             whole = [None if request is None else partial(self.encode, request) for request in requests]
             return self.ranks.spread(whole, self.device)
-        jobs = [
-            partial(self._strip, request, rows)
-            for request in requests
-            if request is not None
-            for rows in self._strips(request.shape[1])
-        ]
-        found = (strip for strip in self.ranks.spread(jobs, self.device) if strip is not None)
-        rest = [
-            None
-            if request is None
-            else partial(self._rest, list(islice(found, len(self._strips(request.shape[1])))))
-            for request in requests
-        ]
-        return self.ranks.spread(rest, self.device)
+        wanted = [request for request in requests if request is not None]
+        cuts = [self._strips(request.shape[1]) for request in wanted]
+        features = self._each(cuts, [partial(self._strip, request) for request in wanted])
+        features = self._each(cuts, [partial(self._before, whole) for whole in features])
+        found = iter(self._each(cuts, [partial(self._after, whole) for whole in features]))
+        return [None if request is None else torch.cat(next(found), dim=3) for request in requests]
+
+    def _each(self, cuts: list[list[Rows]], calls: list[Callable[[Rows], Tensor]]) -> list[list[Tensor]]:
+        """Of every cut and its call what the call gives for each strip, made by one rank and sent to all."""
+        jobs = [partial(call, strip) for call, cut in zip(calls, cuts, strict=True) for strip in cut]
+        found = iter(self.ranks.spread(jobs, self.device))
+        return [[cast(Tensor, part) for part in islice(found, len(cut))] for cut in cuts]
 
     def _cuts_pay(self, requests: Sequence[Request]) -> bool:
         """Whether a strip of every clip for each rank is less work for the busiest one than its share of whole clips."""
@@ -62,9 +61,8 @@ class SharedVAEStage(VAEStage):
             request.shape for request in requests
         )  # beside the longest, a single frame counts for nothing
         long, size = sum(request.shape == shape for request in requests), self.ranks.size
-        alone, config = vae_flops(*shape, self.vae.config)[0], self.vae.config
-        rows = strip_flops(*shape, size, config)[0] / size
-        cut = rows + alone - strip_flops(*shape, 1, config)[0]
+        alone = vae_flops(*shape, self.vae.config)[0]
+        cut = shared_flops(*shape, size, self.vae.config)[0]
         return long * cut < -(-long // size) * alone
 
     def _strips(self, height: int) -> list[Rows]:
@@ -78,12 +76,20 @@ class SharedVAEStage(VAEStage):
         found = vae_strips.encode_strip(self.vae, self.pixels(request), frames, window, strip, h)
         return torch.cat(found, dim=2)
 
-    def _rest(self, parts: list[Tensor]) -> Tensor:
-        """Latents from the strips of a request, in windows that are as long as before."""
+    def _before(self, features: list[Tensor], strip: Rows) -> Tensor:
+        """The strip of what the attention takes, all windows."""
+        whole, keep = self._windows(features)
+        return torch.cat([*vae_strips.encode_before(self.vae, whole, strip, keep)], dim=2)
+
+    def _after(self, features: list[Tensor], strip: Rows) -> Tensor:
+        """The strip of the latents."""
+        whole, keep = self._windows(features)
+        return vae_strips.encode_after(self.vae, whole, strip, keep)
+
+    def _windows(self, strips: list[Tensor]) -> tuple[Iterator[Tensor], bool]:
+        """Features of an encode in windows that are as long as before, and whether there are several."""
         window = self.plan.vae_encode_window // self.vae.config.stride
-        bounds = windows(parts[0].shape[2], window)
-        found = [[part[:, :, start:stop] for start, stop in bounds] for part in parts]
-        return vae_strips.encode_rest(self.vae, found)
+        return vae_strips.joined(strips, window), len(windows(strips[0].shape[2], window)) > 1
 
     def _whole(self, z: Tensor) -> Iterator[np.ndarray]:
         for _, codes in read_back(((None, part) for part in self._frames(z)), self.device):
@@ -91,17 +97,28 @@ class SharedVAEStage(VAEStage):
 
     def _frames(self, z: Tensor) -> Iterator[Tensor]:
         """The windows of `vae.decode_stream`, every one put together from the strips of all ranks."""
-        h, rank, scale = z.shape[3], self.ranks.rank, self.vae.config.spatial
-        features = vae_strips.decode_start(self.vae, z, self.plan.vae_decode_window)
+        h, scale = z.shape[3], self.vae.config.spatial
         cut = self._strips(h * scale)
         heights = [rows.height * scale for rows in cut] + [0] * (self.ranks.size - len(cut))
+        [features] = self._each([cut], [partial(self._decode_before, z)])
         mine = self._nothing(z)
-        if rank < len(cut):
-            mine = (tile.x for tile in vae_strips.decode_strip(self.vae, features, cut[rank], h))
+        if self.ranks.rank < len(cut):
+            mine = self._decode_strip(features, cut[self.ranks.rank], h)
         for x in mine:
             # Rows lead and channels come last while they travel: then every rank's part is one piece of memory.
             rows = torch.cat(self.ranks.gather(x.permute(3, 0, 2, 4, 1).contiguous(), heights))
             yield rows.permute(1, 4, 2, 0, 3).contiguous(memory_format=torch.channels_last_3d)
+
+    def _decode_before(self, z: Tensor, strip: Rows) -> Tensor:
+        """The strip of what the attention takes, all windows."""
+        return torch.cat([*vae_strips.decode_before(self.vae, z, self.plan.vae_decode_window, strip)], dim=2)
+
+    def _decode_strip(self, features: list[Tensor], strip: Rows, h: int) -> Iterator[Tensor]:
+        """The strip's rows of every window, from what all ranks' `_decode_before` gave."""
+        window, rows = self.plan.vae_decode_window, decode_path(strip, h, self.vae.config).first
+        keep = len(windows(features[0].shape[2], window)) > 1
+        mine = [*vae_strips.decode_after(self.vae, vae_strips.joined(features, window), rows, keep)]
+        return (tile.x for tile in vae_strips.decode_strip(self.vae, mine, rows, strip, h))
 
     def _nothing(self, z: Tensor) -> Iterator[Tensor]:
         """No row of every window: there are more ranks than latent rows."""

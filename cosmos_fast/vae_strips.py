@@ -2,22 +2,32 @@
 
 At 720p the histories of the convs alone are 4 GiB of a decode, so no order of work inside a window brings it below
 that. Here each strip passes through all windows before the next one begins, with histories of its own height. The
-blocks at latent height, and with them the attention over the whole picture, run on the whole picture: behind the
-strips in an encode, before them in a decode. `vae_rows` says which rows a strip takes along so that there is no seam.
+blocks at latent height come behind the strips in an encode, before them in a decode: here on the whole picture, among ranks
+by rows too, except that the attention in their middle looks at all of them. `vae_rows` says which rows a strip takes along so
+that there is no seam.
 
 Letters as in `vae.py`: (B, C, F, H, W) pixels, (B, C, T, h, w) latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .vae import VAE, Stream, frames_like, latent_statistics, norm_conv, windows
-from .vae_rows import Path, Rows, decode_path, encode_path, strip_blocks, strips
+from .vae import VAE, Attention, Stream, frames_like, latent_statistics, norm_conv, windows
+from .vae_rows import (
+    Path,
+    Rows,
+    decode_path,
+    decode_rows,
+    encode_path,
+    encode_rows,
+    strip_blocks,
+    strips,
+)
 
 Source = Callable[[int, int, int, int], Tensor]
 """(first frame, last + 1, first row, last + 1) -> that part of a clip, (B, 3, f, rows, W) in [-1, 1]."""
@@ -56,7 +66,20 @@ def encode(vae: VAE, read: Source, shape: tuple[int, int, int], window: int | No
     frames, height, _ = shape
     h = height // vae.config.spatial
     found = [encode_strip(vae, read, frames, window, strip, h) for strip in strips(h, count)]
-    return encode_rest(vae, found)
+    whole, keep = Rows(0, h), len(found[0]) > 1
+    return encode_after(vae, encode_before(vae, _emptied(found), whole, keep), whole, keep)
+
+
+def _emptied(found: list[list[Tensor]]) -> Iterator[Tensor]:
+    """All rows of every window, from the windows of every strip; each is dropped when it has been taken."""
+    while found[0]:
+        yield torch.cat([strip.pop(0) for strip in found], dim=3)
+
+
+def joined(strips: Sequence[Tensor], window: int | None) -> Iterator[Tensor]:
+    """All rows of every window, from strips of all windows."""
+    for start, stop in windows(strips[0].shape[2], window):
+        yield torch.cat([strip[:, :, start:stop] for strip in strips], dim=3)
 
 
 @torch.no_grad()
@@ -76,53 +99,87 @@ def encode_strip(
 
 
 @torch.no_grad()
-def encode_rest(vae: VAE, found: list[list[Tensor]]) -> Tensor:
-    """Latents from what `encode_strip` gave for every strip, from the top; the lists are emptied on the way."""
-    encoder, z, number = vae.encoder, vae.config.latent_channels, len(strip_blocks(vae.config)[0])
-    mean, gain = latent_statistics(vae.config, vae.conv1.weight)
-    stream, latents = Stream(keep=len(found[0]) > 1), []
-    while found[0]:
-        x = torch.cat([strip.pop(0) for strip in found], dim=3)
-        for block in [*encoder.downsamples, *encoder.middle][number:]:
+def encode_before(vae: VAE, features: Iterable[Tensor], rows: Rows, keep: bool) -> Iterator[Tensor]:
+    """Rows of what the attention takes, window by window, from all rows of what `encode_strip` gives.
+
+    keep: whether there are several windows.
+    """
+    encoder, number = vae.encoder, len(strip_blocks(vae.config)[0])
+    blocks, stream = [*[*encoder.downsamples][number:], encoder.middle[0]], Stream(keep)
+    for x in features:
+        have = encode_rows(rows, x.shape[3], vae.config)[0]
+        x = cut(x, Rows(0, x.shape[3]), have)
+        for block in blocks:
             x = block(x, stream)
-        x = norm_conv(encoder.head, "0", "2", x, stream)
+        stream.first = False
+        yield cut(x, have, rows)
+
+
+@torch.no_grad()
+def encode_after(vae: VAE, features: Iterable[Tensor], rows: Rows, keep: bool) -> Tensor:
+    """These rows of the latents, all windows, from all rows of what `encode_before` gives, which are lost."""
+    encoder, z, stream, latents = vae.encoder, vae.config.latent_channels, Stream(keep), []
+    mean, gain = latent_statistics(vae.config, vae.conv1.weight)
+    for x in features:
+        have = encode_rows(rows, x.shape[3], vae.config)[1]
+        x = encoder.middle[2](_attended(encoder.middle[1], x, have), stream)
+        x = cut(norm_conv(encoder.head, "0", "2", x, stream), have, rows)
         stream.first = False
         latents.append((vae.conv1(x)[:, :z] - mean).mul_(gain))
     return torch.cat(latents, dim=2)
 
 
+def _attended(attention: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+    """Rows of x and what they attend in all of x, which is lost."""
+    return cast(Attention, attention).added(cut(x, Rows(0, x.shape[3]), rows), x, rows.start)
+
+
 def decode(vae: VAE, z_BCTHW: Tensor, window: int | None, count: int) -> Iterator[Tile]:
     """The frames of `vae.decode` in `count` strips: all frames of a strip, then those of the strip below it."""
-    h, features = z_BCTHW.shape[3], decode_start(vae, z_BCTHW, window)
-    for strip in strips(h, count):
-        yield from decode_strip(vae, features, strip, h)
+    whole = Rows(0, z_BCTHW.shape[3])
+    keep = len(windows(z_BCTHW.shape[2], window)) > 1
+    features = list(decode_after(vae, decode_before(vae, z_BCTHW, window, whole), whole, keep))
+    for strip in strips(whole.height, count):
+        yield from decode_strip(vae, features, whole, strip, whole.height)
 
 
 @torch.no_grad()
-def decode_start(vae: VAE, z_BCTHW: Tensor, window: int | None) -> list[Tensor]:
-    """What runs on the whole picture before the strips: (B, C, t, h, w) of every window."""
-    decoder, number = vae.decoder, len(strip_blocks(vae.config)[1])
-    bounds = windows(z_BCTHW.shape[2], window)
+def decode_before(vae: VAE, z_BCTHW: Tensor, window: int | None, rows: Rows) -> Iterator[Tensor]:
+    """Rows of what the attention takes, window by window."""
+    decoder, bounds, whole = vae.decoder, windows(z_BCTHW.shape[2], window), Rows(0, z_BCTHW.shape[3])
     mean, gain = latent_statistics(vae.config, vae.conv2.weight)
-    stream, features = Stream(keep=len(bounds) > 1), []
+    have, stream = decode_rows(rows, whole.height, vae.config)[0], Stream(keep=len(bounds) > 1)
     for start, stop in bounds:
-        x = vae.conv2(z_BCTHW[:, :, start:stop].to(vae.conv2.weight) / gain + mean)
+        z = cut(z_BCTHW[:, :, start:stop], whole, have)
+        x = vae.conv2(z.to(vae.conv2.weight) / gain + mean)
         x = decoder.conv1(stream.extend(decoder.conv1, x))
-        for block in [*decoder.middle, *decoder.upsamples][:-number]:
+        x = decoder.middle[0](x, stream)
+        stream.first = False
+        yield cut(x, have, rows)
+
+
+@torch.no_grad()
+def decode_after(vae: VAE, features: Iterable[Tensor], rows: Rows, keep: bool) -> Iterator[Tensor]:
+    """Rows of what strips begin with, window by window, from all rows of what `decode_before` gives, which are lost."""
+    decoder, number, stream = vae.decoder, len(strip_blocks(vae.config)[1]), Stream(keep)
+    blocks = [decoder.middle[2], *[*decoder.upsamples][:-number]]
+    for x in features:
+        have = decode_rows(rows, x.shape[3], vae.config)[1]
+        x = _attended(decoder.middle[1], x, have)
+        for block in blocks:
             x = block(x, stream)
         stream.first = False
-        features.append(x)
-    return features
+        yield cut(x, have, rows)
 
 
 @torch.no_grad()
-def decode_strip(vae: VAE, features: list[Tensor], strip: Rows, h: int) -> Iterator[Tile]:
-    """All frames of one of the strips of h latent rows, window by window."""
+def decode_strip(vae: VAE, features: Sequence[Tensor], have: Rows, strip: Rows, h: int) -> Iterator[Tile]:
+    """All frames of one of the strips of h latent rows, window by window, from features of the rows `have`."""
     blocks = [*vae.decoder.upsamples][-len(strip_blocks(vae.config)[1]) :]
     path, stream, frame = decode_path(strip, h, vae.config), Stream(keep=len(features) > 1), 0
     at = path.result.start - path.last.start
     for feature in features:
-        x = _run(blocks, cut(feature, Rows(0, h), path.first), path, path.last, stream)
+        x = _run(blocks, cut(feature, have, path.first), path, path.last, stream)
         x = norm_conv(vae.decoder.head, "0", "2", x, stream)
         stream.first = False
         yield Tile(frame, path.result.start, x[:, :, :, at : at + path.result.height])

@@ -15,7 +15,7 @@ from cosmos_fast.config import NetworkConfig
 from cosmos_fast.recipe import Plan, Recipe
 from cosmos_fast.vae import VAE, Stream, VAEConfig, channels_last_
 from cosmos_fast.vae_keys import vae_convs, vae_flops, vae_history, vae_memory
-from cosmos_fast.vae_rows import Rows, strip_flops, strip_memory, strips
+from cosmos_fast.vae_rows import Rows, decode_path, shared_flops, strip_flops, strip_memory, strips
 
 H, W, FRAMES = 224, 32, 9  # 28 latent rows: more than the convs reach from a strip in the middle
 
@@ -65,6 +65,37 @@ def decoded(vae: VAE, z: Tensor, window: int | None, count: int) -> Tensor:
     return x
 
 
+def encoded_by_rows(vae: VAE, clip: Tensor, window: int, count: int) -> Tensor:
+    """As ranks do it: each makes its rows, the features of all are put together, and each goes on with its rows of them."""
+    frames, height = clip.shape[2:4]
+    h, config = height // 8, vae.config
+
+    def read(start: int, stop: int, top: int, end: int) -> Tensor:
+        return clip[:, :, start:stop, top:end]
+
+    def whole(parts: list[Tensor]) -> Iterator[Tensor]:
+        return vae_strips.joined(parts, window // 4)
+
+    cut, keep = strips(h, count), frames > 1
+    found = [torch.cat(vae_strips.encode_strip(vae, read, frames, window, strip, h), dim=2) for strip in cut]
+    found = [torch.cat([*vae_strips.encode_before(vae, whole(found), strip, keep)], dim=2) for strip in cut]
+    assert [part.shape[1:4] for part in found] == [(config.top, 3, strip.height) for strip in cut]
+    return torch.cat([vae_strips.encode_after(vae, whole(found), strip, keep) for strip in cut], dim=3)
+
+
+def decoded_by_rows(vae: VAE, z: Tensor, window: int, count: int) -> Tensor:
+    cut, h = strips(z.shape[3], count), z.shape[3]
+    found = [torch.cat([*vae_strips.decode_before(vae, z, window, strip)], dim=2) for strip in cut]
+    parts = []
+    for strip in cut:
+        rows = decode_path(strip, h, vae.config).first
+        mine = [*vae_strips.decode_after(vae, vae_strips.joined(found, window), rows, True)]
+        assert {part.shape[3] for part in mine} == {rows.height}
+        tiles = vae_strips.decode_strip(vae, mine, rows, strip, h)
+        parts.append(torch.cat([tile.x for tile in tiles], dim=2))
+    return torch.cat(parts, dim=3)
+
+
 def difference(x: Tensor, y: Tensor) -> float:
     """The greatest, over the greatest number of y; NaN where x has one."""
     return float((x - y).abs().max() / y.abs().max())
@@ -80,6 +111,14 @@ def test_encode_in_strips_is_the_encode(
 @pytest.mark.parametrize(("window", "count"), [(1, 2), (1, 3), (2, 5), (None, 4), (1, 28)])
 def test_decode_in_strips_is_the_decode(vae: VAE, latents: Tensor, window: int | None, count: int) -> None:
     assert difference(decoded(vae, latents, window, count), vae.decode(latents, 1)) < 5e-6
+
+
+@pytest.mark.parametrize("count", [2, 3, 28])
+def test_rows_of_the_blocks_at_latent_height_are_those_of_the_whole_picture(
+    vae: VAE, clip: Tensor, latents: Tensor, count: int
+) -> None:
+    assert difference(encoded_by_rows(vae, clip, 4, count), latents) < 5e-6
+    assert difference(decoded_by_rows(vae, latents, 1, count), vae.decode(latents, 1)) < 5e-6
 
 
 def test_one_strip_and_more_strips_than_rows(vae: VAE, clip: Tensor, latents: Tensor) -> None:
@@ -104,6 +143,28 @@ def test_a_row_too_few_is_a_seam(
     assert difference(decoded(vae, latents, 1, 2), vae.decode(latents, 1)) > 1e-4
 
 
+@pytest.mark.parametrize("side", ["encode", "decode"])
+@pytest.mark.parametrize("part", ["before", "after"])
+def test_rows_taken_along_at_latent_height_are_those_that_reach(
+    vae: VAE, side: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole picture, a NaN in one row comes through to the rows of a strip from these rows, and from no other."""
+    h, strip = H // 8, Rows(12, 14)
+    told = getattr(vae_rows, f"{side}_rows")(strip, h, vae.config)[part == "after"]
+    for name in ("encode_rows", "decode_rows"):
+        monkeypatch.setattr(vae_strips, name, lambda *given: (Rows(0, h), Rows(0, h)))
+    monkeypatch.setattr(vae_strips, "_attended", lambda attention, x, rows: x)  # which all rows reach
+
+    def reaches(row: int) -> bool:
+        x = torch.ones(1, 16 if (side, part) == ("decode", "before") else vae.config.top, 1, h, 2)
+        x[:, :, :, row] = torch.nan
+        run, z = getattr(vae_strips, f"{side}_{part}"), (x, None) if x.shape[1] == 16 else ([x],)
+        found = run(vae, *z, strip, *([] if x.shape[1] == 16 else [False]))
+        return bool((found if isinstance(found, Tensor) else next(found)).isnan().any())
+
+    assert [row for row in range(h) if reaches(row)] == [*range(*told)]
+
+
 def test_strips_have_histories_of_their_own_height(
     vae: VAE, latents: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,10 +179,10 @@ def test_strips_have_histories_of_their_own_height(
     monkeypatch.setattr(Stream, "__init__", kept)
     decoded(vae, latents, 1, 3)
     h = latents.shape[3]
-    for stream, strip in zip(made[1:], strips(h, 3), strict=True):
+    for stream, strip in zip(made[2:], strips(h, 3), strict=True):
         _, convs = vae_rows.strip_convs(strip, H, W, 4, vae.config)
         assert stream.nbytes == 4 * sum(conv.width * conv.past for conv in convs)
-    assert max(s.nbytes for s in made[1:]) < 0.6 * 4 * vae_history(H, W, vae.config)[1]
+    assert max(s.nbytes for s in made[2:]) < 0.6 * 4 * vae_history(H, W, vae.config)[1]
 
 
 def test_flop_of_strips_are_those_that_run(vae: VAE, latents: Tensor) -> None:
@@ -133,6 +194,23 @@ def test_flop_of_strips_are_those_that_run(vae: VAE, latents: Tensor) -> None:
     told = strip_flops(FRAMES, H, W, 3, vae.config)[1] - strip_flops(FRAMES, H, W, 1, vae.config)[1]
     # The time convs of the strips are counted for all frames but frame 0, as they run.
     assert run(3) - run(1) == pytest.approx(told, rel=1e-3)
+
+
+def test_flop_of_ranks_are_those_that_run(vae: VAE, clip: Tensor, latents: Tensor) -> None:
+    """All but the attention, which the counter does not know: keys of all rows, for each rank's queries."""
+    h, w, config = H // 8, W // 8, vae.config
+    for side, run in enumerate((encoded_by_rows, decoded_by_rows)):
+        with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
+            run(vae, (clip, latents)[side], (4, 1)[side], 3)
+        rows = 0
+        for strip in strips(h, 3):
+            taken = decode_path(strip, h, config).first
+            found = vae_rows.decode_rows(taken, h, config) if side else vae_rows.encode_rows(strip, h, config)
+            rows += found[1].height
+        attended = 4 * latents.shape[2] * rows * w * h * w * config.top
+        told = 3 * shared_flops(FRAMES, H, W, 3, config)[side]
+        assert counter.get_total_flops() + attended == pytest.approx(told, rel=1e-3)
+    assert shared_flops(93, 704, 1280, 1) == pytest.approx(vae_flops(93, 704, 1280))
 
 
 def test_four_strips_decode_720p_below_three_gib() -> None:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cosmos_fast.vae_keys import vae_flops  # noqa: E402
-from cosmos_fast.vae_rows import strip_flops  # noqa: E402
+from cosmos_fast.vae_rows import shared_flops  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -164,9 +164,10 @@ def clip_s(
 
 @cache
 def vae_shares(ranks: int) -> tuple[float, float]:
-    """Parts of one GPU's (encode, decode) that the busiest of so many ranks computes."""
-    whole, uncut, cut = vae_flops(*PIXELS), strip_flops(*PIXELS, 1), strip_flops(*PIXELS, ranks)
-    encode, decode = (1 - (u - c / ranks) / w for w, u, c in zip(whole, uncut, cut, strict=True))
+    """Parts of one GPU's (encode, decode) that each of so many ranks computes."""
+    encode, decode = (
+        part / whole for part, whole in zip(shared_flops(*PIXELS, ranks), vae_flops(*PIXELS), strict=True)
+    )
     return encode, decode
 
 
