@@ -25,20 +25,10 @@ def _normed_then_copied(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, columns: int, first: int, last: int, eps: float
 ) -> Tensor:  # fmt: skip
     """q, k and v of these heads alone, by the op that makes them for one rank, then a copy of each to its place."""
-    K = q_gain.shape[0]
-    heads = qkv.view(len(qkv), 3, columns, -1, K)[:, :, :, first:last]
-    return _copied(qk_norm_rope(heads.reshape(len(qkv), -1), q_gain, k_gain, cos, sin), columns, 1).view(
-        columns, len(qkv), 3, last - first, K
-    )
-
-
-def _coded_then_copied(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
-    v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float,
-) -> Tensor:  # fmt: skip
-    """The same of codes."""
-    codes = qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=rotate, moments=(k_mean, v_mean, v_step, steps))
-    return _copied((codes.q, codes.k, codes.v), columns, parts)
+    L, K = len(qkv), q_gain.shape[0]
+    heads = qkv.view(L, 3, columns, qkv.shape[1] // (3 * columns * K), K)[:, :, :, first:last]
+    packed = _copied(qk_norm_rope(heads.flatten(1), q_gain, k_gain, cos, sin), columns, 1)
+    return packed.view(columns, L, 3, last - first, K)
 
 
 _qkv_packed = define(

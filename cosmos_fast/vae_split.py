@@ -43,8 +43,12 @@ class SharedVAEStage(VAEStage):
         wanted = [request for request in requests if request is not None]
         cuts = [self._strips(request.shape[1]) for request in wanted]
         features = self._each(cuts, [partial(self._strip, request) for request in wanted])
-        features = self._each(cuts, [partial(self._before, whole) for whole in features])
-        found = iter(self._each(cuts, [partial(self._after, whole) for whole in features]))
+        features = self._each(
+            cuts, [partial(vae_strips.encode_before, self.vae, whole) for whole in features]
+        )
+        found = iter(
+            self._each(cuts, [partial(vae_strips.encode_after, self.vae, whole) for whole in features])
+        )
         return [None if request is None else torch.cat(next(found), dim=3) for request in requests]
 
     def _each(self, cuts: list[list[Rows]], calls: list[Callable[[Rows], Tensor]]) -> list[list[Tensor]]:
@@ -70,26 +74,10 @@ class SharedVAEStage(VAEStage):
         return strips(height // self.vae.config.spatial, self.ranks.size)
 
     def _strip(self, request: Request, strip: Rows) -> Tensor:
-        """(B, C, T, rows, w): a strip of every clip of a request, all its windows."""
+        """(B, C, T, rows, w): a strip of every clip of a request."""
         frames, height, _ = request.shape
         h, window = height // self.vae.config.spatial, self.plan.vae_encode_window
-        found = vae_strips.encode_strip(self.vae, self.pixels(request), frames, window, strip, h)
-        return torch.cat(found, dim=2)
-
-    def _before(self, features: list[Tensor], strip: Rows) -> Tensor:
-        """The strip of what the attention takes, all windows."""
-        whole, keep = self._windows(features)
-        return torch.cat([*vae_strips.encode_before(self.vae, whole, strip, keep)], dim=2)
-
-    def _after(self, features: list[Tensor], strip: Rows) -> Tensor:
-        """The strip of the latents."""
-        whole, keep = self._windows(features)
-        return vae_strips.encode_after(self.vae, whole, strip, keep)
-
-    def _windows(self, strips: list[Tensor]) -> tuple[Iterator[Tensor], bool]:
-        """Features of an encode in windows that are as long as before, and whether there are several."""
-        window = self.plan.vae_encode_window // self.vae.config.stride
-        return vae_strips.joined(strips, window), len(windows(strips[0].shape[2], window)) > 1
+        return vae_strips.encode_strip(self.vae, self.pixels(request), frames, window, strip, h)
 
     def _whole(self, z: Tensor) -> Iterator[np.ndarray]:
         for _, codes in read_back(((None, part) for part in self._frames(z)), self.device):
@@ -100,7 +88,7 @@ class SharedVAEStage(VAEStage):
         h, scale = z.shape[3], self.vae.config.spatial
         cut = self._strips(h * scale)
         heights = [rows.height * scale for rows in cut] + [0] * (self.ranks.size - len(cut))
-        [features] = self._each([cut], [partial(self._decode_before, z)])
+        [features] = self._each([cut], [partial(vae_strips.decode_before, self.vae, z)])
         mine = self._nothing(z)
         if self.ranks.rank < len(cut):
             mine = self._decode_strip(features, cut[self.ranks.rank], h)
@@ -109,16 +97,11 @@ class SharedVAEStage(VAEStage):
             rows = torch.cat(self.ranks.gather(x.permute(3, 0, 2, 4, 1).contiguous(), heights))
             yield rows.permute(1, 4, 2, 0, 3).contiguous(memory_format=torch.channels_last_3d)
 
-    def _decode_before(self, z: Tensor, strip: Rows) -> Tensor:
-        """The strip of what the attention takes, all windows."""
-        return torch.cat([*vae_strips.decode_before(self.vae, z, self.plan.vae_decode_window, strip)], dim=2)
-
     def _decode_strip(self, features: list[Tensor], strip: Rows, h: int) -> Iterator[Tensor]:
-        """The strip's rows of every window, from what all ranks' `_decode_before` gave."""
-        window, rows = self.plan.vae_decode_window, decode_path(strip, h, self.vae.config).first
-        keep = len(windows(features[0].shape[2], window)) > 1
-        mine = [*vae_strips.decode_after(self.vae, vae_strips.joined(features, window), rows, keep)]
-        return (tile.x for tile in vae_strips.decode_strip(self.vae, mine, rows, strip, h))
+        """The strip's rows of every window, from the features of all ranks."""
+        rows = decode_path(strip, h, self.vae.config).first
+        own, window = vae_strips.decode_after(self.vae, features, rows), self.plan.vae_decode_window
+        return (tile.x for tile in vae_strips.decode_strip(self.vae, own, rows, window, strip, h))
 
     def _nothing(self, z: Tensor) -> Iterator[Tensor]:
         """No row of every window: there are more ranks than latent rows."""

@@ -11,7 +11,7 @@ Letters as in `vae.py`: (B, C, F, H, W) pixels, (B, C, T, h, w) latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -28,6 +28,10 @@ from .vae_rows import (
     strip_blocks,
     strips,
 )
+
+LATENT_WINDOW = 8
+"""Latent frames that the blocks at latent height take at a time. One, as a window of an encode has, keeps the host busier than a GPU:
+on an H200 24 frames took 88 ms so, of which kernels account for some 70, and 70 to 100 among two ranks, each with half of the rows."""
 
 Source = Callable[[int, int, int, int], Tensor]
 """(first frame, last + 1, first row, last + 1) -> that part of a clip, (B, 3, f, rows, W) in [-1, 1]."""
@@ -66,27 +70,12 @@ def encode(vae: VAE, read: Source, shape: tuple[int, int, int], window: int | No
     frames, height, _ = shape
     h = height // vae.config.spatial
     found = [encode_strip(vae, read, frames, window, strip, h) for strip in strips(h, count)]
-    whole, keep = Rows(0, h), len(found[0]) > 1
-    return encode_after(vae, encode_before(vae, _emptied(found), whole, keep), whole, keep)
-
-
-def _emptied(found: list[list[Tensor]]) -> Iterator[Tensor]:
-    """All rows of every window, from the windows of every strip; each is dropped when it has been taken."""
-    while found[0]:
-        yield torch.cat([strip.pop(0) for strip in found], dim=3)
-
-
-def joined(strips: Sequence[Tensor], window: int | None) -> Iterator[Tensor]:
-    """All rows of every window, from strips of all windows."""
-    for start, stop in windows(strips[0].shape[2], window):
-        yield torch.cat([strip[:, :, start:stop] for strip in strips], dim=3)
+    return encode_after(vae, [encode_before(vae, found, Rows(0, h))], Rows(0, h))
 
 
 @torch.no_grad()
-def encode_strip(
-    vae: VAE, read: Source, frames: int, window: int | None, strip: Rows, h: int
-) -> list[Tensor]:
-    """One of the strips of h latent rows, as far as strips go: (B, C, t, rows, w) of every window."""
+def encode_strip(vae: VAE, read: Source, frames: int, window: int | None, strip: Rows, h: int) -> Tensor:
+    """One of the strips of h latent rows, as far as strips go: (B, C, T, rows, w)."""
     number = len(strip_blocks(vae.config)[0])
     bounds, found = windows(frames, window), []
     path, stream = encode_path(strip, h, vae.config), Stream(keep=len(bounds) > 1)
@@ -95,38 +84,43 @@ def encode_strip(
         x = vae.encoder.conv1(stream.extend(vae.encoder.conv1, x))
         found.append(_run([*vae.encoder.downsamples][:number], x, path, path.result, stream))
         stream.first = False
-    return found
+    return torch.cat(found, dim=2)
 
 
 @torch.no_grad()
-def encode_before(vae: VAE, features: Iterable[Tensor], rows: Rows, keep: bool) -> Iterator[Tensor]:
-    """Rows of what the attention takes, window by window, from all rows of what `encode_strip` gives.
-
-    keep: whether there are several windows.
-    """
+def encode_before(vae: VAE, found: Sequence[Tensor], rows: Rows) -> Tensor:
+    """Rows of what the attention takes. found: what `encode_strip` gave for every strip, from the top."""
     encoder, number = vae.encoder, len(strip_blocks(vae.config)[0])
-    blocks, stream = [*[*encoder.downsamples][number:], encoder.middle[0]], Stream(keep)
-    for x in features:
+    blocks, made = [*[*encoder.downsamples][number:], encoder.middle[0]], []
+    for x, stream in _windows(found):
         have = encode_rows(rows, x.shape[3], vae.config)[0]
         x = cut(x, Rows(0, x.shape[3]), have)
         for block in blocks:
             x = block(x, stream)
-        stream.first = False
-        yield cut(x, have, rows)
+        made.append(cut(x, have, rows))
+    return torch.cat(made, dim=2)
 
 
 @torch.no_grad()
-def encode_after(vae: VAE, features: Iterable[Tensor], rows: Rows, keep: bool) -> Tensor:
-    """These rows of the latents, all windows, from all rows of what `encode_before` gives, which are lost."""
-    encoder, z, stream, latents = vae.encoder, vae.config.latent_channels, Stream(keep), []
+def encode_after(vae: VAE, found: Sequence[Tensor], rows: Rows) -> Tensor:
+    """These rows of the latents. found: what `encode_before` gave, together all rows, from the top."""
+    encoder, z, latents = vae.encoder, vae.config.latent_channels, []
     mean, gain = latent_statistics(vae.config, vae.conv1.weight)
-    for x in features:
+    for x, stream in _windows(found):
         have = encode_rows(rows, x.shape[3], vae.config)[1]
         x = encoder.middle[2](_attended(encoder.middle[1], x, have), stream)
         x = cut(norm_conv(encoder.head, "0", "2", x, stream), have, rows)
-        stream.first = False
         latents.append((vae.conv1(x)[:, :z] - mean).mul_(gain))
     return torch.cat(latents, dim=2)
+
+
+def _windows(strips: Sequence[Tensor]) -> Iterator[tuple[Tensor, Stream]]:
+    """All rows of a few frames at a time, and what is carried from one time to the next."""
+    bounds = windows(strips[0].shape[2], LATENT_WINDOW)
+    stream = Stream(keep=len(bounds) > 1)
+    for start, stop in bounds:
+        yield torch.cat([strip[:, :, start:stop] for strip in strips], dim=3), stream
+        stream.first = False
 
 
 def _attended(attention: nn.Module, x: Tensor, rows: Rows) -> Tensor:
@@ -137,49 +131,50 @@ def _attended(attention: nn.Module, x: Tensor, rows: Rows) -> Tensor:
 def decode(vae: VAE, z_BCTHW: Tensor, window: int | None, count: int) -> Iterator[Tile]:
     """The frames of `vae.decode` in `count` strips: all frames of a strip, then those of the strip below it."""
     whole = Rows(0, z_BCTHW.shape[3])
-    keep = len(windows(z_BCTHW.shape[2], window)) > 1
-    features = list(decode_after(vae, decode_before(vae, z_BCTHW, window, whole), whole, keep))
+    features = decode_after(vae, [decode_before(vae, z_BCTHW, whole)], whole)
     for strip in strips(whole.height, count):
-        yield from decode_strip(vae, features, whole, strip, whole.height)
+        yield from decode_strip(vae, features, whole, window, strip, whole.height)
 
 
 @torch.no_grad()
-def decode_before(vae: VAE, z_BCTHW: Tensor, window: int | None, rows: Rows) -> Iterator[Tensor]:
-    """Rows of what the attention takes, window by window."""
-    decoder, bounds, whole = vae.decoder, windows(z_BCTHW.shape[2], window), Rows(0, z_BCTHW.shape[3])
+def decode_before(vae: VAE, z_BCTHW: Tensor, rows: Rows) -> Tensor:
+    """Rows of what the attention takes, (B, C, T, rows, w)."""
+    decoder, whole, made = vae.decoder, Rows(0, z_BCTHW.shape[3]), []
     mean, gain = latent_statistics(vae.config, vae.conv2.weight)
-    have, stream = decode_rows(rows, whole.height, vae.config)[0], Stream(keep=len(bounds) > 1)
-    for start, stop in bounds:
-        z = cut(z_BCTHW[:, :, start:stop], whole, have)
-        x = vae.conv2(z.to(vae.conv2.weight) / gain + mean)
+    have = decode_rows(rows, whole.height, vae.config)[0]
+    for z, stream in _windows([z_BCTHW]):
+        x = vae.conv2(cut(z, whole, have).to(vae.conv2.weight) / gain + mean)
         x = decoder.conv1(stream.extend(decoder.conv1, x))
-        x = decoder.middle[0](x, stream)
-        stream.first = False
-        yield cut(x, have, rows)
+        made.append(cut(decoder.middle[0](x, stream), have, rows))
+    return torch.cat(made, dim=2)
 
 
 @torch.no_grad()
-def decode_after(vae: VAE, features: Iterable[Tensor], rows: Rows, keep: bool) -> Iterator[Tensor]:
-    """Rows of what strips begin with, window by window, from all rows of what `decode_before` gives, which are lost."""
-    decoder, number, stream = vae.decoder, len(strip_blocks(vae.config)[1]), Stream(keep)
+def decode_after(vae: VAE, found: Sequence[Tensor], rows: Rows) -> Tensor:
+    """Rows of what strips begin with. found: what `decode_before` gave, together all rows, from the top."""
+    decoder, number, made = vae.decoder, len(strip_blocks(vae.config)[1]), []
     blocks = [decoder.middle[2], *[*decoder.upsamples][:-number]]
-    for x in features:
+    for x, stream in _windows(found):
         have = decode_rows(rows, x.shape[3], vae.config)[1]
         x = _attended(decoder.middle[1], x, have)
         for block in blocks:
             x = block(x, stream)
-        stream.first = False
-        yield cut(x, have, rows)
+        made.append(cut(x, have, rows))
+    return torch.cat(made, dim=2)
 
 
 @torch.no_grad()
-def decode_strip(vae: VAE, features: Sequence[Tensor], have: Rows, strip: Rows, h: int) -> Iterator[Tile]:
+def decode_strip(
+    vae: VAE, features: Tensor, have: Rows, window: int | None, strip: Rows, h: int
+) -> Iterator[Tile]:
     """All frames of one of the strips of h latent rows, window by window, from features of the rows `have`."""
     blocks = [*vae.decoder.upsamples][-len(strip_blocks(vae.config)[1]) :]
-    path, stream, frame = decode_path(strip, h, vae.config), Stream(keep=len(features) > 1), 0
+    bounds, frame = windows(features.shape[2], window), 0
+    path, stream = decode_path(strip, h, vae.config), Stream(keep=len(bounds) > 1)
     at = path.result.start - path.last.start
-    for feature in features:
-        x = _run(blocks, cut(feature, have, path.first), path, path.last, stream)
+    for start, stop in bounds:
+        x = cut(features[:, :, start:stop], have, path.first)
+        x = _run(blocks, x, path, path.last, stream)
         x = norm_conv(vae.decoder.head, "0", "2", x, stream)
         stream.first = False
         yield Tile(frame, path.result.start, x[:, :, :, at : at + path.result.height])
