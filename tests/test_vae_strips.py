@@ -256,7 +256,7 @@ def test_strips_on_the_device(device: torch.device, dtype: torch.dtype, bound: f
         z = model.encode(x, 4)
         assert difference(encoded(model, x, 4, 3), z) < bound
         assert difference(decoded(model, z, 1, 3).to(device), model.decode(z, 1).float()) < bound
-        if dtype == torch.bfloat16:  # kernels of ours: what ranks make together is what one makes, bit for bit
+        if dtype == torch.bfloat16:  # by our kernels: bit for bit
             assert torch.equal(encoded_by_rows(model, x, 4, 2), z)
             assert torch.equal(decoded_by_rows(model, z, 1, 2), model.decode(z, 1))
     finally:
