@@ -31,6 +31,15 @@ def _normed_then_copied(
     return packed.view(columns, L, 3, last - first, K)
 
 
+def _coded_then_copied(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, k_mean: Tensor, v_mean: Tensor,
+    v_step: Tensor, steps: Tensor, rotate: bool, columns: int, parts: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """The same of codes."""
+    codes = qkv_codes(qkv, q_gain, k_gain, cos, sin, rotate=rotate, moments=(k_mean, v_mean, v_step, steps))
+    return _copied((codes.q, codes.k, codes.v), columns, parts)
+
+
 _qkv_packed = define(
     "qkv_packed(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, int columns, int first, int last, "
     "float eps) -> Tensor",
