@@ -129,7 +129,8 @@ class Plan:
     is how many ranks are started. A model without guidance gains nothing from cfg=2.
     vae_encode_window: video frames encoded at once after the first, a multiple of 4. The published system
     takes 16; 4 costs little time and less than half the memory (docs/log.md).
-    vae_decode_window: latent frames decoded at once. Both windows change memory, never the result.
+    vae_decode_window: latent frames decoded at once. Both windows change memory, never the result; ranks that share a clip
+    take as many times more frames as they are, of a strip each.
     vae_encode_batch: controls encoded side by side, each with the memory of one; the latents are those of one alone.
     vae_strips: strips of rows that the VAE cuts a picture into, one after the other, for cards with little memory: 4 take
     about a third of it at 720p for a fifth more arithmetic. Strips overlap by what the convolutions reach: no seam.

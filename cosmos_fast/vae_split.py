@@ -73,10 +73,19 @@ class SharedVAEStage(VAEStage):
         """The strips of a picture of so many rows, in order of rank: latent rows."""
         return strips(height // self.vae.config.spatial, self.ranks.size)
 
+    def _longer(self, window: int, h: int) -> int:
+        """A window of the plan, for strips of h latent rows: as many times as long as there are strips.
+
+        It takes about as much memory as that of a whole picture, and as long to compute: shorter ones keep the host busier than
+        a GPU, most of all while frames are read beside.
+        """
+        return window * min(self.ranks.size, h)
+
     def _strip(self, request: Request, strip: Rows) -> Tensor:
         """(B, C, T, rows, w): a strip of every clip of a request."""
         frames, height, _ = request.shape
-        h, window = height // self.vae.config.spatial, self.plan.vae_encode_window
+        h = height // self.vae.config.spatial
+        window = self._longer(self.plan.vae_encode_window, h)
         return vae_strips.encode_strip(self.vae, self.pixels(request), frames, window, strip, h)
 
     def _whole(self, z: Tensor) -> Iterator[np.ndarray]:
@@ -100,12 +109,15 @@ class SharedVAEStage(VAEStage):
     def _decode_strip(self, features: list[Tensor], strip: Rows, h: int) -> Iterator[Tensor]:
         """The strip's rows of every window, from the features of all ranks."""
         rows = decode_path(strip, h, self.vae.config).first
-        own, window = vae_strips.decode_after(self.vae, features, rows), self.plan.vae_decode_window
+        own, window = (
+            vae_strips.decode_after(self.vae, features, rows),
+            self._longer(self.plan.vae_decode_window, h),
+        )
         return (tile.x for tile in vae_strips.decode_strip(self.vae, own, rows, window, strip, h))
 
     def _nothing(self, z: Tensor) -> Iterator[Tensor]:
         """No row of every window: there are more ranks than latent rows."""
-        for start, stop in windows(z.shape[2], self.plan.vae_decode_window):
+        for start, stop in windows(z.shape[2], self._longer(self.plan.vae_decode_window, z.shape[3])):
             frames = (stop - start) * self.vae.config.stride - (
                 self.vae.config.stride - 1 if start == 0 else 0
             )

@@ -22,6 +22,7 @@ from cosmos_fast.formats import ClipError
 from cosmos_fast.parallel import ALONE, Group, Mesh
 from cosmos_fast.recipe import Plan
 from cosmos_fast.vae import VAE, VAEConfig
+from cosmos_fast.vae_rows import Rows
 from cosmos_fast.vae_split import SharedVAEStage
 from cosmos_fast.vae_stage import Request, VAEStage
 
@@ -159,6 +160,19 @@ def test_a_shared_vae_is_the_vae(size: int) -> None:
             assert np.array_equal(their_frames, found[0][index][1]), f"rank {rank} has other frames"
             # One clip is cut, two are not: so low a picture would be overlap more than strip.
             assert bool(cut) == (counts[index] == 1)
+
+
+def test_ranks_take_as_many_times_more_frames_as_they_are() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def clip(start: int, stop: int) -> np.ndarray:
+        asked.append((start, stop))
+        return np.zeros((stop - start, 64, 32, 3), np.uint8)
+
+    stage = SharedVAEStage(small_vae(), Plan(), torch.device("cpu"), torch.float32, Group(1, 2))
+    with torch.inference_mode():
+        stage._strip(Request([clip], (17, 64, 32)), Rows(4, 8))
+    assert asked == [(0, 1), (1, 9), (9, 17)]
 
 
 def test_clips_are_cut_where_it_saves_work() -> None:
