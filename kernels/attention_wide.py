@@ -6,8 +6,8 @@ Shapes: q (L, N, K), k and v (S, N, K), S at least 1; rows and heads may lie at 
 (L, N, K). fp32 inside, weights of the softmax rounded to the dtype of v. A head is handled as three pieces of 128 values, those
 behind its end zeros, so that products have sizes that tensor cores take; so heads are at most 384 wide.
 
-At L = S = 14,080, K 384 in bf16 0.305 TFLOP: 0.89 ms on an H100, torch's memory-efficient kernel 2.23
-(bench/results/nvidia-h100-80gb-hbm3/2026-11-23-6c111c5-frame-attention.json, which has other tiles too).
+At L = S = 14,080, K 384 in bf16 0.305 TFLOP: 0.99 ms on an H200, torch's memory-efficient kernel 2.22
+(bench/results/nvidia-h200/2026-11-23-26fc944-frame-attention.json, which has other tiles too).
 One program owns a tile of queries and goes through all keys in order. No row of a tile knows of another, and one binary serves
 any number of queries, so some of the queries give bit for bit the rows that all of them give.
 """
