@@ -172,7 +172,7 @@ def latent_flops(
     last = [residual], [residual, *decoder_blocks(config)[: -len(after)]]
     # Behind the encoder's blocks, before the decoder's: (width, out, taps) of what else is convolved.
     ends = ((top, 2 * z, 27), (2 * z, 2 * z, 1)), ((z, z, 1), (z, top, 27))
-    totals = [0.0, 0.0]
+    totals, every = [0.0, 0.0], T * h * w
     for strip in strips(h, count):
         taken = decode_path(strip, h, config).first
         decode = decode_rows(strip, h, config)[0], decode_rows(taken, h, config)[1]
@@ -183,11 +183,9 @@ def latent_flops(
                 totals[side] += sum(map(conv_flops, convs))
             end = sizes[1 - side]
             totals[side] += sum(conv_flops(Conv(*kind, end, end)) for kind in ends[side])
-            every, own = T * h * w, sizes[1]
-            totals[side] += conv_flops(Conv(top, 3 * top, 1, every, every)) + conv_flops(
-                Conv(top, top, 1, own, own)
-            )
-            totals[side] += 4.0 * own * h * w * top
+            own = sizes[1]
+            products = Conv(top, 3 * top, 1, every, every), Conv(top, top, 1, own, own)
+            totals[side] += sum(map(conv_flops, products)) + 4.0 * own * h * w * top
     return totals[0], totals[1]
 
 

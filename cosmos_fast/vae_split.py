@@ -42,13 +42,12 @@ class SharedVAEStage(VAEStage):
             return self.ranks.spread(whole, self.device)
         wanted = [request for request in requests if request is not None]
         cuts = [self._strips(request.shape[1]) for request in wanted]
+        before, after = (
+            partial(call, self.vae) for call in (vae_strips.encode_before, vae_strips.encode_after)
+        )
         features = self._each(cuts, [partial(self._strip, request) for request in wanted])
-        features = self._each(
-            cuts, [partial(vae_strips.encode_before, self.vae, whole) for whole in features]
-        )
-        found = iter(
-            self._each(cuts, [partial(vae_strips.encode_after, self.vae, whole) for whole in features])
-        )
+        features = self._each(cuts, [partial(before, whole) for whole in features])
+        found = iter(self._each(cuts, [partial(after, whole) for whole in features]))
         return [None if request is None else torch.cat(next(found), dim=3) for request in requests]
 
     def _each(self, cuts: list[list[Rows]], calls: list[Callable[[Rows], Tensor]]) -> list[list[Tensor]]:
@@ -109,10 +108,8 @@ class SharedVAEStage(VAEStage):
     def _decode_strip(self, features: list[Tensor], strip: Rows, h: int) -> Iterator[Tensor]:
         """The strip's rows of every window, from the features of all ranks."""
         rows = decode_path(strip, h, self.vae.config).first
-        own, window = (
-            vae_strips.decode_after(self.vae, features, rows),
-            self._longer(self.plan.vae_decode_window, h),
-        )
+        own = vae_strips.decode_after(self.vae, features, rows)
+        window = self._longer(self.plan.vae_decode_window, h)
         return (tile.x for tile in vae_strips.decode_strip(self.vae, own, rows, window, strip, h))
 
     def _nothing(self, z: Tensor) -> Iterator[Tensor]:
