@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench")]
 
+import bench_rank  # noqa: E402
 import report  # noqa: E402
 import report_scaling  # noqa: E402
 import scaling  # noqa: E402
 import scaling_ranks  # noqa: E402
 import scaling_trace  # noqa: E402
 from scaling import Rates, clip_s, exchange_bytes, exchange_s, send_s, step  # noqa: E402
+
+from cosmos_fast import peer_memory  # noqa: E402
 
 RATES = Rates(
     attention_s=2.7,
@@ -341,3 +345,36 @@ def test_the_bench_runs_on_two_ranks(tmp_path: Path) -> None:
         and record["trace"]["ours"]["kernels"]
     )
     assert scaling.rates_of(record) is None  # a dry run says nothing of a GPU
+
+
+def test_the_bench_of_one_rank_runs(tmp_path: Path) -> None:
+    out = tmp_path / "rank.json"
+    command = [sys.executable, str(ROOT / "tools" / "bench_rank.py"), "--out", str(out), "--smoke"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--ranks", "2", "--rounds", "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = json.loads(out.read_text())["rows"]
+    assert (one["ranks"], two["ranks"]) == (1, 2) and len(two["runs_s"]) == 1
+    assert two["stages"]["denoise"] < one["stages"]["denoise"]  # half of the tokens
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_rank_puts_for_a_stand_in_is_what_it_gets_from_it(size: int) -> None:
+    """Slots and flags of each peer are its own, and both ends of a pipe are one."""
+    rank = size // 2
+    mirror = object.__new__(bench_rank.Mirror)
+    mirror.rank, mirror.size, mirror.slots, mirror.slot_bytes = rank, size, 2, 64
+    memory = torch.zeros(peer_memory.FLAGS + (size - 1) * 2 * 64, dtype=torch.uint8)
+    mirror._all = [memory] * size
+    others = [peer for peer in range(size) if peer != rank]
+    places = [(peer, slot) for peer in others for slot in range(2)]
+    assert len({mirror.outbox(*place).data_ptr() for place in places}) == len(places)
+    told = [mirror._flag(peer, rank, flag, slot) for peer, slot in places for flag in (0, 1)]
+    awaited = [mirror._flag(rank, peer, flag, slot) for peer, slot in places for flag in (0, 1)]
+    assert told == awaited and len(set(told)) == len(told)
+    for place in places:
+        assert mirror.inbox(*place).data_ptr() == mirror.outbox(*place).data_ptr()

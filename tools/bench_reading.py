@@ -64,7 +64,7 @@ def rank(number: int, size: int, port: int, clip: Path, smoke: bool, rounds: int
             start, cpu = time.perf_counter(), time.process_time()
             with Reader(partial(ClipInputs, plan, rooms=near.rooms), plan.chunks, stages, near) as reader:
                 for one in reader:
-                    bounds = windows(length, WINDOW)
+                    bounds = windows(length, WINDOW * size)
                     for first, stop in bounds:
                         one.control("edge", first, stop)[:, mine].copy()
                         if (first, stop) == bounds[0]:

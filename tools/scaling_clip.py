@@ -27,10 +27,10 @@ READY, CLIP, TEXT, MODELS = "ready", "street.mp4", "text.safetensors", "models"
 FRAMES, SMOKE_FRAMES = 93, 5
 
 
-def make(folder: Path, *, smoke: bool) -> None:
+def make(folder: Path, *, smoke: bool, device: str = "cpu") -> None:
     """Random weights and embeddings of the published shapes, and a moving picture."""
     size = "tiny" if smoke else "2b"
-    make_checkpoint.make(folder / MODELS, "distilled", size, with_vae=True, device="cpu")
+    make_checkpoint.make(folder / MODELS, "distilled", size, with_vae=True, device=device)
     config = make_checkpoint.config_of("distilled", size)
     generator = torch.Generator().manual_seed(0)
     embedded = torch.randn(config.text_tokens, config.text_width, generator=generator)
