@@ -7,8 +7,8 @@
 What another rank would send is taken to be what this one sends, so the clip shows nothing, and all else is as among several GPUs:
 this rank's tokens, heads and rows, every kernel, copy and flag of the exchange. It is a rank of the middle, whose strip has rows to
 take along on both sides, and reads the clip as the first of a host does. Messages come out of its own memory, so often that they
-take as long as over a link. Not in it: that ranks wait for the slowest of them, and whatever else several GPUs do to each other.
-So its time is the least that a clip can take.
+take as long as over a link; of more than two ranks they may take longer even once, which the record tells. Not in it: that ranks
+wait for the slowest of them, and whatever else several GPUs do to each other.
 """
 
 from __future__ import annotations
