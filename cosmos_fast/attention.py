@@ -7,6 +7,7 @@ decides which of them may run where.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,15 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return v.expand_as(q).clone()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v)
+
+
+def memory_efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """On a GPU by torch's memory-efficient kernel: no flash kernel has a head as wide as the VAE's, and left to itself torch
+    may take the one that holds all scores."""
+    if q.numel() == 0:  # it takes no empty operand
+        return torch.empty_like(q)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else nullcontext():
+        return sdpa(q, k, v).contiguous()
 
 
 def load_fa3() -> Attend:

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def frames_like(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -109,13 +108,3 @@ def norm_silu(x: Tensor, gamma: Tensor, past: Tensor | None, keep: Tensor | None
     if keep is not None:
         keep.copy_(inner[:, :, -2:])
     return out
-
-
-def attention_wide(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v for each head: (L, N, K), (S, N, K), (S, N, K) -> (L, N, K)."""
-    if q.numel() == 0:  # the memory-efficient kernel takes no empty operand
-        return q.new_empty(q.shape)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    # No flash kernel has a head as wide as the VAE's; left to itself torch may take the one that holds all scores.
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).contiguous()

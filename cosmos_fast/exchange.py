@@ -131,29 +131,31 @@ class SparseFp8Attend:
 
 class Pack(Protocol):
     def __call__(
-        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
+        self, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int,
+        parts: Sequence[slice],
     ) -> tuple[Iterable[Tensor], Tensors]:  # fmt: skip
         """What a producer of q, k and v of one dtype makes, as it travels: of each part (columns, Lr, 3, heads, K); shared.
 
-        A part may be made when it is asked for, so that those before it are on their way meanwhile.
+        parts: `cuts` of a column's heads. A part may be made when it is asked for, so that those before it are on their way meanwhile.
         """
 
 
 def exact_pack(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int,
+    parts: Sequence[slice],
 ) -> tuple[Iterable[Tensor], Tensors]:  # fmt: skip
     """`exact_operands`, part by part."""
-    own = cuts(qkv.shape[1] // (3 * q_gain.shape[0] * columns), parts)
-    return (ops_exchange.qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, heads) for heads in own), ()
+    return (ops_exchange.qkv_packed(qkv, q_gain, k_gain, cos, sin, columns, heads) for heads in parts), ()
 
 
 def fp8_pack(
-    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int, parts: int,
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor, shard: Shard, columns: int,
+    parts: Sequence[slice],
 ) -> tuple[Iterable[Tensor], Tensors]:  # fmt: skip
     """`fp8_operands`."""
     given = qkv, q_gain, k_gain, cos, sin
     moments = ops_attention8.pooled_moments(*given, shard.tokens, shard.group.gather)
-    return ops_exchange.codes_packed(*given, moments, columns, parts), _shared(moments)
+    return ops_exchange.codes_packed(*given, moments, columns, len(parts)), _shared(moments)
 
 
 PACKS: dict[Produce, Pack] = {exact_operands: exact_pack, fp8_operands: fp8_pack}
@@ -242,7 +244,7 @@ class Exchanged:
         pack = PACKS.get(self.produce) if grid.rows == 1 else None
         # All are sent before the first is awaited: what arrives later does so while the first is attended.
         if pack is not None:
-            packed, shared = pack(qkv, q_gain, k_gain, *here, grid.shard, grid.columns, count)
+            packed, shared = pack(qkv, q_gain, k_gain, *here, grid.shard, grid.columns, parts)
             arriving = [
                 _send_packed(heads, grid.own(shared, part), grid)
                 for heads, part in zip(packed, parts, strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import convolution, operands
+from . import attention, convolution, operands
 from .dispatch import Candidate, define, triton
 from .ops import HALF, HOPPER
 from .ops_linear8 import ADA_UP, E4M3
@@ -58,7 +58,7 @@ _attention_wide = define(
     operands.check_attention,
     lambda q, k, v: q.new_empty(q.shape),
     triton("attention_wide", "attention_wide", HALF, HOPPER),
-    Candidate("sdpa", lambda: convolution.attention_wide),
+    Candidate("sdpa", lambda: attention.memory_efficient),
 )
 
 

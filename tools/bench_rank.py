@@ -36,10 +36,8 @@ from scaling_ranks import write  # noqa: E402
 
 from cosmos_fast import neighbours, testing  # noqa: E402
 from cosmos_fast.copies import Copies, Lane  # noqa: E402
-from cosmos_fast.engine import Engine  # noqa: E402
 from cosmos_fast.parallel import Exchange, Group, Mesh, Ranks  # noqa: E402
 from cosmos_fast.peer_memory import FLAGS, SLOTS, Driver, PeerMemory, slot_bytes  # noqa: E402
-from cosmos_fast.recipe import Plan  # noqa: E402
 
 T = TypeVar("T")
 
@@ -163,7 +161,6 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     record = {"kind": "rank", "environment": environment(args.commit), "rows": rows}
     out = destination(args.out, record["environment"], "rank")
-    lengths = (scaling_clip.SMOKE_FRAMES, 1) if args.smoke else None
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         scaling_clip.make(files, smoke=args.smoke, device=args.device)
@@ -173,11 +170,7 @@ def main() -> None:
             mesh, slowed = mesh_of(size, device)
             # Nobody is there to be met: this rank reads for itself, as the first of a host does.
             with mock.patch.object(neighbours, "meet", lambda world: neighbours.Neighbours()):
-                engines[size] = Engine(
-                    files / scaling_clip.MODELS, model="edge/distilled", text=files / scaling_clip.TEXT,
-                    plan=Plan(device=args.device, context=size), guardrails=False, mesh=mesh,
-                    chunk_lengths=lengths,
-                )  # fmt: skip
+                engines[size] = scaling_clip.open_engine(files, mesh, smoke=args.smoke)
             scaling_clip.frames_of(engines[size], 1, fields)
             rows.append({"ranks": size, "slowed": slowed, "runs_s": []})
         for _ in range(args.rounds):
@@ -186,10 +179,12 @@ def main() -> None:
                 start = time.perf_counter()
                 scaling_clip.frames_of(engine, STEPS, fields)
                 row["runs_s"].append(time.perf_counter() - start)
-                stages = {name: stage for name, stage in engine.stages.record().items() if name != "load"}
-                row["stages"] = {name: stage["seconds"] for name, stage in stages.items()}
-                row["beside_s"] = {name: s["beside_s"] for name, s in stages.items() if "beside_s" in s}
-                row["seconds"] = median(row["runs_s"])
+                told = scaling_clip.stages_of(engine)  # its peaks are of all engines together
+                row |= {
+                    "seconds": median(row["runs_s"]),
+                    "stages": told["stages"],
+                    "beside_s": told["beside_s"],
+                }
                 print(f"bench_rank: of {row['ranks']}: {row['runs_s'][-1]:.3f} s {row['stages']}", flush=True)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write(out, record)

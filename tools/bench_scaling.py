@@ -231,12 +231,9 @@ class Bench:
 
     def distilled(self) -> None:
         """The four-step model: clips through the Engine on one GPU and on two that share the tokens and the VAE."""
-        from cosmos_fast.engine import Engine
-
         self.forget()
         smoke, files = self.args.smoke, self.args.files
         self.world.by_first(lambda: scaling_clip.await_files(files, 60), None)
-        lengths = {"chunk_lengths": (scaling_clip.SMOKE_FRAMES, 1)} if smoke else {}
         fields = scaling_clip.fields(files, smoke=smoke)
         found: dict[str, Any] = {}
         engines: dict[str, Any] = {}
@@ -248,10 +245,7 @@ class Bench:
         shared = self.context if self.by_copies is None else replace(self.context, context=self.by_copies)
         for name, mesh in (("one", Mesh.alone(self.device)), ("context2", shared)):
             if name == "context2" or self.ranks.rank == 0:
-                engines[name] = Engine(
-                    files / scaling_clip.MODELS, model="edge/distilled", text=files / scaling_clip.TEXT,
-                    plan=Plan(device=self.device.type, context=mesh.context.size), guardrails=False, mesh=mesh, **lengths,
-                )  # fmt: skip
+                engines[name] = scaling_clip.open_engine(files, mesh, smoke=smoke)
             first_s = self.timed(partial(run, name, 1), "first", alone=name == "one")
             found[name] = {"runs_s": [], "first_s": first_s, "copies": mesh.context.copies is not None}
         self.record["distilled"] = found
@@ -264,10 +258,7 @@ class Bench:
                 row["runs_s"].append(self.timed(partial(run, name, 4), f"clip {name}", alone=name == "one"))
                 row |= {"seconds": median(row["runs_s"]), "gpus": self.clocks(f"clip {name}")}
                 if name in engines:
-                    stages = {k: v for k, v in engines[name].stages.record().items() if k != "load"}
-                    row["stages"] = {k: v["seconds"] for k, v in stages.items()}
-                    row["peak_bytes"] = {k: v["peak_bytes"] for k, v in stages.items()}
-                    row["beside_s"] = {k: v["beside_s"] for k, v in stages.items() if "beside_s" in v}
+                    row |= scaling_clip.stages_of(engines[name])
                     self.record["loops"][f"distilled_{name}"] = {
                         "steps": 4,
                         "step_s": row["stages"]["denoise"] / 4,

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from cosmos_fast import convolution as library  # noqa: E402
 from cosmos_fast import testing  # noqa: E402
+from cosmos_fast.attention import memory_efficient  # noqa: E402
 
 testing.kernels_from_checkout()
 
@@ -210,7 +211,7 @@ def attention(run: Run) -> None:
         return torch.cat(parts)
 
     print("attention 14080 x 384", flush=True)
-    for name, fused in (("triton", attention_wide), ("library", library.attention_wide)):
+    for name, fused in (("triton", attention_wide), ("library", memory_efficient)):
         run.row("attention", name, partial(fused, q, k, v), check, flop=4.0 * L * L * K)
     for rows in (1408, 3520, 14080):
         run.row("attention", f"products, {rows} rows", partial(products, rows), check, flop=4.0 * L * L * K)

@@ -13,8 +13,7 @@ Every rank sends, per self-attention, the q, k and v of its tokens to those who 
 back: 4 * b * L * D bytes * (P - 1) / P^2 with P = context and b = 2 bytes a value, 1 where they travel as codes of 8 bits, both
 ways (recipe fp8). The heads go in `parts` pieces, and what is sent while another piece is attended is hidden as
 far as that attention is long enough. Codes need means and steps of all tokens first: 48 bytes a channel from each rank to each,
-which nothing hides. A clip is its steps, and the VAE's strips: each rank computes rows beside its own again, and blocks at latent
-height are not cut. Encoding waits for frames, which one rank reads for all. No torch is needed.
+which nothing hides. A clip is its steps, and the VAE's strips: each rank computes rows beside its own again. Encoding waits for frames, which one rank reads for all. No torch is needed.
 """
 
 from __future__ import annotations

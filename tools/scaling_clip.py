@@ -67,6 +67,28 @@ def fields(folder: Path, *, smoke: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def open_engine(folder: Path, mesh: Any, *, smoke: bool) -> Any:
+    """An Engine for the clip, its work shared as `mesh` says."""
+    from cosmos_fast.engine import Engine
+    from cosmos_fast.recipe import Plan
+
+    return Engine(
+        folder / MODELS, model="edge/distilled", text=folder / TEXT, guardrails=False, mesh=mesh,
+        plan=Plan(device=mesh.device.type, context=mesh.context.size),
+        chunk_lengths=(SMOKE_FRAMES, 1) if smoke else None,
+    )  # fmt: skip
+
+
+def stages_of(engine: Any) -> dict[str, dict[str, Any]]:
+    """Of the engine's last clip, by stage: seconds, peak bytes, and seconds of what ran beside."""
+    stages = {name: stage for name, stage in engine.stages.record().items() if name != "load"}
+    return {
+        "stages": {name: stage["seconds"] for name, stage in stages.items()},
+        "peak_bytes": {name: stage["peak_bytes"] for name, stage in stages.items()},
+        "beside_s": {name: stage["beside_s"] for name, stage in stages.items() if "beside_s" in stage},
+    }
+
+
 def frames_of(engine: Any, steps: int, given: dict[str, Any]) -> list[np.ndarray]:
     """One clip, its frames on the host."""
     from cosmos_fast.spec import Spec
